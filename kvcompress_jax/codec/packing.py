@@ -1,0 +1,27 @@
+"""Two 4-bit codes to a byte.
+
+Byte j of a vector of dim codes holds channel j in its low nibble and channel j + dim/2 in its
+high one, so that unpacking gives two contiguous halves and needs no interleaving.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """u8[..., dim] with values 0..15 to u8[..., dim/2].
+
+    Raises:
+      ValueError: dim is odd, or the dtype is not uint8.
+    """
+    if codes.dtype != jnp.uint8 or codes.ndim < 1 or codes.shape[-1] % 2:
+        raise ValueError(
+            f"codes: expected uint8[..., even], got {codes.dtype}{list(codes.shape)}"
+        )
+    low, high = jnp.split(codes, 2, axis=-1)
+    return low | (high << jnp.uint8(4))
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+    """u8[..., dim/2] to u8[..., dim] with values 0..15: the inverse of `pack`."""
+    return jnp.concatenate([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=-1)

@@ -1,0 +1,267 @@
+"""What the user decides about compression, from code, a file or the environment."""
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvcompress_jax.importance import ImportanceWeights
+from kvcompress_jax.paged.layout import PAGE_SIZES, CacheLayout
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be honoured; the message names it, what was expected and what came."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """How a cache is compressed. Sizes are in tokens.
+
+    Attributes:
+      enabled: False keeps every page at level 0.
+      levels: storage levels in use: 1 = {0}, 2 = {0, 1}, 3 = {0, 1, 2}. With two levels there is
+        nothing below INT8, so every token of a sealed page has 8 bits.
+      ratio: share of a page's tokens, the most important ones of each head, that has 8 bits at
+        level 1; the others have 4. In (0, 1].
+      page_size: tokens of a page: 16, 32, 64, 128 or 256.
+      window_tokens: this many newest tokens of a sequence stay at level 0.
+      sink_tokens: this many first tokens of a sequence stay exact.
+      seal_level: level that a page gets when it leaves the window: 1, or 2 to start at the bottom.
+      demote_after_tokens: a page goes from level 1 to 2 when its last token is so many tokens
+        old; None: only under memory pressure.
+      floor_layers: layers that never go below level 1; negative numbers count from the end.
+      host_bytes: host memory for fine planes that left the device, so that their pages can be
+        promoted again; 0 keeps none, and promotion is refused.
+      promote_heat: a page at level 2 is promoted when it is so many times hotter than the coldest
+        page at level 1 (hysteresis); at least 1.
+      heat_decay: what is left of a page's heat after a step; in (0, 1).
+      weights: of the importance that orders the tokens of a page.
+      magnitude: name of the magnitude score, see `kvcompress_jax.importance.MAGNITUDES`.
+      attention: name of the attention score, see `kvcompress_jax.importance.ATTENTIONS`.
+    """
+
+    enabled: bool = True
+    levels: int = 3
+    ratio: float = 0.5
+    page_size: int = 64
+    window_tokens: int = 64
+    sink_tokens: int = 4
+    seal_level: int = 1
+    demote_after_tokens: int | None = None
+    floor_layers: tuple[int, ...] = ()
+    host_bytes: int = 0
+    promote_heat: float = 2.0
+    heat_decay: float = 0.95
+    weights: ImportanceWeights = ImportanceWeights()
+    magnitude: str = "quantization_error"
+    attention: str = "mean"
+
+    def __post_init__(self) -> None:
+        _check(self.levels in (1, 2, 3), "levels", "1, 2 or 3", self.levels)
+        _check(0 < self.ratio <= 1, "ratio", "more than 0 and at most 1", self.ratio)
+        _check(self.page_size in PAGE_SIZES, "page_size", f"one of {PAGE_SIZES}", self.page_size)
+        _check(self.window_tokens >= 0, "window_tokens", "at least 0", self.window_tokens)
+        _check(
+            0 <= self.sink_tokens < self.page_size,
+            "sink_tokens",
+            f"0 to {self.page_size - 1} (page_size - 1)",
+            self.sink_tokens,
+        )
+        _check(self.seal_level in (1, 2), "seal_level", "1 or 2", self.seal_level)
+        _check(
+            self.seal_level < self.levels or self.levels == 1,
+            "seal_level",
+            f"a level below levels={self.levels}",
+            self.seal_level,
+        )
+        after = self.demote_after_tokens
+        _check(
+            after is None or (after >= self.window_tokens and self.levels == 3),
+            "demote_after_tokens",
+            f"None, or at least window_tokens={self.window_tokens} with levels=3",
+            after,
+        )
+        _check(self.host_bytes >= 0, "host_bytes", "at least 0", self.host_bytes)
+        _check(self.promote_heat >= 1, "promote_heat", "at least 1", self.promote_heat)
+        _check(0 < self.heat_decay < 1, "heat_decay", "more than 0, less than 1", self.heat_decay)
+
+    @classmethod
+    def recipe(cls, name: str) -> "CompressionConfig":
+        """A named configuration: one of `RECIPES`.
+
+        Raises:
+          ConfigError: there is no such recipe.
+        """
+        if name not in RECIPES:
+            raise ConfigError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+        return RECIPES[name]
+
+    @classmethod
+    def from_env(
+        cls,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        overrides: Mapping[str, object] | None = None,
+    ) -> "CompressionConfig":
+        """The configuration that the environment asks for.
+
+        `KVCOMPRESS_RECIPE` names the recipe to start from (default: balanced). Then come
+        `VLLM_ENABLE_KV_COMPRESSION` (default 1), `VLLM_KV_COMPRESSION_RATIO` (0.5),
+        `VLLM_KV_COMPRESSION_LEVELS` (3), `KVCOMPRESS_PAGE_SIZE`, `KVCOMPRESS_WINDOW_TOKENS`,
+        `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS` and
+        `KVCOMPRESS_HOST_BYTES`.
+
+        Args:
+          environ: variables to read.
+          overrides: fields by name; they win over the environment.
+
+        Raises:
+          ConfigError: names the variable, what was expected and what it holds.
+        """
+        known = {variable for variable, _, _ in _VARIABLES} | {"KVCOMPRESS_RECIPE"}
+        for variable in environ:
+            if variable.startswith("KVCOMPRESS_") and variable not in known:
+                raise ConfigError(
+                    f"{variable}: no such variable, expected one of {', '.join(sorted(known))}"
+                )
+        name = environ.get("KVCOMPRESS_RECIPE", "balanced")
+        if name not in RECIPES:
+            raise ConfigError(
+                f"KVCOMPRESS_RECIPE: expected one of {', '.join(RECIPES)}, got {name!r}"
+            )
+        config = RECIPES[name]
+        for variable, field, parse in _VARIABLES:
+            if variable not in environ:
+                continue
+            try:
+                config = _with_field(config, field, parse(environ[variable]))
+            except ValueError as e:
+                reason = str(e).removeprefix(f"{field}: ")
+                raise ConfigError(f"{variable}: {reason}") from None
+        return dataclasses.replace(config, **dict(overrides)) if overrides else config
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> "CompressionConfig":
+        """Reads fields from a TOML file; `recipe = "name"` names what to start from.
+
+        Raises:
+          ConfigError: the file cannot be read, is not TOML, or a field is unknown or wrong.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            values = tomllib.loads(text)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+            raise ConfigError(f"{path}: expected a TOML file, got: {e}") from None
+        config = cls.recipe(str(values.pop("recipe", "balanced")))
+        if "weights" in values:
+            config = dataclasses.replace(config, weights=_weights(path, values.pop("weights")))
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name not in fields:
+                raise ConfigError(f"{path}: {name}: no such field, expected one of {list(fields)}")
+            default = getattr(RECIPES["balanced"], name)
+            value = tuple(value) if isinstance(value, list) else value
+            expected = int if default is None else type(default)
+            if type(value) is not expected and not (expected is float and type(value) is int):
+                raise ConfigError(f"{path}: {name}: expected {expected.__name__}, got {value!r}")
+        try:
+            return dataclasses.replace(
+                config, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            )
+        except ValueError as e:
+            raise ConfigError(f"{path}: {e}") from None
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any page ever leaves level 0."""
+        return self.enabled and self.levels > 1
+
+    @property
+    def fine_rows(self) -> int:
+        """Tokens of a page, per head, that have 8 bits at level 1."""
+        if not self.compresses:
+            return 0
+        if self.levels == 2:
+            return self.page_size
+        return max(1, round(self.ratio * self.page_size))
+
+    def layout(
+        self, *, layers: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16"
+    ) -> CacheLayout:
+        """The page layout of this configuration for a model's dimensions."""
+        return CacheLayout(
+            layers=layers,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_size=self.page_size,
+            dtype=dtype,
+            fine_rows=self.fine_rows,
+            sink_tokens=self.sink_tokens if self.compresses else 0,
+            weights=self.weights,
+            magnitude=self.magnitude,
+            attention=self.attention,
+        )
+
+
+def _check(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {got}")
+
+
+def _with_field(config: CompressionConfig, field: str, value: object) -> CompressionConfig:
+    changes = {field: value}
+    if field == "levels" and value != 3:  # what only three levels can do gives way
+        changes |= {"seal_level": 1, "demote_after_tokens": None}
+    return dataclasses.replace(config, **changes)
+
+
+def _weights(path: str | Path, values: object) -> ImportanceWeights:
+    names = [f.name for f in dataclasses.fields(ImportanceWeights)]
+    if not isinstance(values, dict) or not set(values) <= set(names):
+        raise ConfigError(f"{path}: weights: expected a table with {names}, got {values!r}")
+    try:
+        return ImportanceWeights(**values)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{path}: weights: {e}") from None
+
+
+def _flag(text: str) -> bool:
+    flags = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+    if text.strip().lower() not in flags:
+        raise ValueError(f"expected 0 or 1, got {text!r}")
+    return flags[text.strip().lower()]
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected a whole number, got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expected a number, got {text!r}") from None
+
+
+_VARIABLES = (
+    ("VLLM_ENABLE_KV_COMPRESSION", "enabled", _flag),
+    ("VLLM_KV_COMPRESSION_RATIO", "ratio", _number),
+    ("VLLM_KV_COMPRESSION_LEVELS", "levels", _whole),
+    ("KVCOMPRESS_PAGE_SIZE", "page_size", _whole),
+    ("KVCOMPRESS_WINDOW_TOKENS", "window_tokens", _whole),
+    ("KVCOMPRESS_SINK_TOKENS", "sink_tokens", _whole),
+    ("KVCOMPRESS_SEAL_LEVEL", "seal_level", _whole),
+    ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "demote_after_tokens", _whole),
+    ("KVCOMPRESS_HOST_BYTES", "host_bytes", _whole),
+)
+
+RECIPES = {
+    "safe": CompressionConfig(levels=2),
+    "balanced": CompressionConfig(),
+    "compact": CompressionConfig(seal_level=2),
+    "extreme": CompressionConfig(seal_level=2, page_size=128, window_tokens=0),
+}

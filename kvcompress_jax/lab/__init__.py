@@ -1,0 +1,1 @@
+"""Measuring what compression does to a real model."""

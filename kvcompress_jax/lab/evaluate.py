@@ -1,0 +1,195 @@
+"""One configuration on one model and text, beside the uncompressed model."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.lab.cache_error import attention_output_error, cosines
+from kvcompress_jax.lab.divergence import divergence
+from kvcompress_jax.lab.retrieval import plant_facts, retrieval_accuracy
+from kvcompress_jax.lab.texts import TextError, take_tokens
+from kvcompress_jax.lab.timing import time_pages
+from kvcompress_jax.models.load import Model
+from kvcompress_jax.models.runner import Runner, make_runner
+
+QUESTION_TOKENS = 16  # of a step while questions are asked
+ERROR_TOKENS = 32  # queries that the attention output error is measured with
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Fidelity, memory and time of one configuration.
+
+    Attributes:
+      effective_bits: stored bits per value of the sealed pages, every overhead counted; the bits
+        of `kv_dtype` when nothing is sealed.
+      cache_bits: the same over the whole cache, raw window and sinks included.
+      memory_saved_fraction: 1 - allocated_bytes / uncompressed_bytes.
+      allocated_bytes: of the pages in use after the context.
+      uncompressed_bytes: of as many plain pages.
+      delta_nll: nats per token of the continuation, compressed minus uncompressed.
+      kl_mean, kl_p99: nats per token, of compressed from uncompressed.
+      top1_agreement: share of tokens with the same most likely successor.
+      retrieval_accuracy, retrieval_accuracy_uncompressed: share of planted facts recalled.
+      attention_output_error: relative L2 error, mean over layers.
+      key_cosine, value_cosine: of the sealed tokens; 1 when nothing is sealed.
+      compress_ms_per_1k_tokens, decompress_ms_per_1k_tokens: all layers, on this device; 0 when
+        nothing is sealed.
+    """
+
+    effective_bits: float
+    cache_bits: float
+    memory_saved_fraction: float
+    allocated_bytes: int
+    uncompressed_bytes: int
+    delta_nll: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    retrieval_accuracy: float
+    retrieval_accuracy_uncompressed: float
+    attention_output_error: float
+    key_cosine: float
+    value_cosine: float
+    compress_ms_per_1k_tokens: float
+    decompress_ms_per_1k_tokens: float
+
+
+class Evaluator:
+    """Evaluates configurations; the uncompressed model runs once and serves all of them."""
+
+    def __init__(
+        self,
+        model: Model,
+        text: str,
+        *,
+        context_tokens: int = 1024,
+        continuation_tokens: int = 256,
+        facts: int = 32,
+        kv_dtype: str = "bfloat16",
+        chunk_tokens: int | None = None,
+        progress: Progress = lambda stage: None,
+    ) -> None:
+        """Runs the uncompressed model.
+
+        Args:
+          model: with a tokenizer.
+          text: of at least context_tokens + continuation_tokens tokens.
+          context_tokens: tokens that are compressed.
+          continuation_tokens: tokens that are teacher-forced on the compressed cache.
+          facts: planted in a context of the same length; 0 skips retrieval.
+          kv_dtype: of level 0, and of the uncompressed cache.
+          chunk_tokens: of the context's prefill; None: all of it in one step, so that compression
+            starts after it.
+          progress: is told what is being done.
+
+        Raises:
+          TextError: the text is too short, or the model has no tokenizer.
+        """
+        if model.tokenizer is None:
+            raise TextError(f"{model.name}: expected a model with a tokenizer")
+        self.model = model
+        self.kv_dtype = kv_dtype
+        self.chunk_tokens = chunk_tokens or context_tokens
+        self.progress = progress
+        every = model.tokenizer.encode(text)
+        wanted = context_tokens + continuation_tokens
+        tokens = take_tokens(every, wanted, name="text")
+        self.context, self.continuation = tokens[:context_tokens], tokens[context_tokens:]
+        self.facts = None
+        if facts:
+            self.facts = plant_facts(
+                model.tokenizer, every, context_tokens=context_tokens, facts=facts
+            )
+        uncompressed = CompressionConfig(enabled=False)
+        progress("uncompressed: context")
+        self.reference, self.sequence = self._read(uncompressed, self.context)
+        progress("uncompressed: continuation")
+        self.logits = self._continue(self.reference, self.sequence)
+        progress("uncompressed: retrieval")
+        self.recalled = self._recall(uncompressed)
+
+    def evaluate(self, config: CompressionConfig) -> Evaluation:
+        """All measures of one configuration."""
+        self.progress("context")
+        runner, sequence = self._read(config, self.context)
+        stats = runner.manager.get_compression_stats()
+        self.progress("cache error")
+        similar = cosines(self.reference, runner, (self.sequence, sequence)) or (1.0, 1.0)
+        error = self._attention_error(runner, sequence)
+        self.progress("continuation")
+        logits = self._continue(runner, sequence)
+        found = divergence(
+            self.logits[:-1], logits[:-1], np.array(self.continuation[1:], np.int32)
+        )
+        self.progress("retrieval")
+        recalled = self._recall(config)
+        self.progress("timing")
+        times = None
+        if stats["effective_bits"] is not None:
+            times = time_pages(runner.layout, level=config.seal_level)
+        return Evaluation(
+            effective_bits=stats["effective_bits"] or float(8 * runner.layout.jax_dtype.itemsize),
+            cache_bits=stats["cache_bits"],
+            memory_saved_fraction=1 - stats["allocated_bytes"] / stats["uncompressed_bytes"],
+            allocated_bytes=stats["allocated_bytes"],
+            uncompressed_bytes=stats["uncompressed_bytes"],
+            delta_nll=float(found.delta_nll.mean()),
+            kl_mean=float(found.kl.mean()),
+            kl_p99=float(np.quantile(found.kl, 0.99)),
+            top1_agreement=float(found.agree.mean()),
+            retrieval_accuracy=recalled,
+            retrieval_accuracy_uncompressed=self.recalled,
+            attention_output_error=error,
+            key_cosine=similar[0],
+            value_cosine=similar[1],
+            compress_ms_per_1k_tokens=times.compress_ms_per_1k_tokens if times else 0.0,
+            decompress_ms_per_1k_tokens=times.decompress_ms_per_1k_tokens if times else 0.0,
+        )
+
+    def _read(self, config: CompressionConfig, tokens: list[int]) -> tuple[Runner, int]:
+        """A runner that holds `tokens` in a sequence, compressed as the configuration says, with
+        room for the continuation in a fork."""
+        runner = make_runner(
+            self.model,
+            config,
+            tokens=len(tokens) + 2 * len(self.continuation) + 2 * ERROR_TOKENS,
+            max_sequences=2,
+            chunk_tokens=self.chunk_tokens,
+            kv_dtype=self.kv_dtype,
+        )
+        sequence = runner.manager.add()
+        runner.extend(sequence, tokens)
+        runner.settle()
+        # From here on in small steps, so that pages are sealed as they leave the window.
+        runner.chunk_tokens = min(config.page_size, self.chunk_tokens)
+        return runner, sequence
+
+    def _continue(self, runner: Runner, sequence: int) -> jax.Array:
+        """f32[continuation, vocab], teacher-forced on a fork."""
+        fork = runner.manager.fork(sequence)
+        logits = runner.extend(fork, self.continuation, all_logits=True)
+        runner.settle()
+        runner.manager.free(fork)
+        return logits
+
+    def _attention_error(self, runner: Runner, sequence: int) -> float:
+        forks = self.reference.manager.fork(self.sequence), runner.manager.fork(sequence)
+        tokens = self.continuation[:ERROR_TOKENS]
+        error = attention_output_error(self.reference, runner, forks, tokens)
+        for each, fork in zip((self.reference, runner), forks, strict=True):
+            each.manager.free(fork)
+        return error
+
+    def _recall(self, config: CompressionConfig) -> float:
+        if self.facts is None:
+            return math.nan
+        runner, sequence = self._read(config, self.facts.context)
+        runner.chunk_tokens = QUESTION_TOKENS
+        return retrieval_accuracy(runner, sequence, self.facts)

@@ -1,0 +1,40 @@
+"""Texts to measure on."""
+
+import importlib.util
+from pathlib import Path
+
+
+class TextError(ValueError):
+    """A text that cannot be measured on."""
+
+
+def load_text(path: str | Path | None = None) -> str:
+    """A text file, or without one the language reference that comes with CPython.
+
+    Raises:
+      TextError: the file cannot be read, is not UTF-8 or is empty.
+    """
+    if path is None:
+        if importlib.util.find_spec("pydoc_data.topics") is None:
+            raise TextError("text: this Python comes without pydoc_data.topics; name a file")
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics.values())
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise TextError(f"{path}: expected a text file in UTF-8, got: {e}") from None
+    if not text.strip():
+        raise TextError(f"{path}: expected some text, got none")
+    return text
+
+
+def take_tokens(tokens: list[int], count: int, *, name: str) -> list[int]:
+    """The first `count` tokens.
+
+    Raises:
+      TextError: there are fewer.
+    """
+    if len(tokens) < count:
+        raise TextError(f"{name}: expected at least {count} tokens, got {len(tokens)}")
+    return tokens[:count]

@@ -1,0 +1,90 @@
+"""Time to compress and to decompress pages on the device at hand."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kvcompress_jax.paged import (
+    CacheLayout,
+    PagedCache,
+    PoolSizes,
+    Sealing,
+    decode_pages,
+    init_cache,
+    seal,
+)
+
+PAGES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class PageTimes:
+    """Milliseconds for 1,000 tokens, keys and values of all layers; medians."""
+
+    compress_ms_per_1k_tokens: float
+    decompress_ms_per_1k_tokens: float
+
+
+def time_pages(layout: CacheLayout, *, level: int, repeats: int = 5) -> PageTimes:
+    """Times `seal` and `decode_pages` on random pages.
+
+    Args:
+      layout: of the cache.
+      level: 1 or 2.
+      repeats: timed runs, after one that is not.
+    """
+    fine = level == 1 and layout.fine_rows > 0
+    sizes = PoolSizes(
+        raw_pages=PAGES,
+        sealed_pages=PAGES,
+        fine_chunks=PAGES * layout.layers if fine else 0,
+        sink_slots=0,
+    )
+    cache = init_cache(layout, sizes)
+    cache = dataclasses.replace(
+        cache, raw=jax.random.normal(jax.random.key(0), cache.raw.shape).astype(cache.raw.dtype)
+    )
+    chunk = jnp.arange(PAGES * layout.layers, dtype=jnp.int32).reshape(PAGES, layout.layers)
+    pages = jnp.arange(PAGES, dtype=jnp.int32)
+    work = Sealing(
+        raw=pages,
+        page=pages,
+        chunks=chunk if fine else jnp.full_like(chunk, -1),
+        sink=jnp.full((PAGES,), -1, jnp.int32),
+        count=jnp.int32(PAGES),
+    )
+    sealer = jax.jit(seal, donate_argnums=0)
+
+    def compress() -> None:
+        nonlocal cache
+        cache = jax.block_until_ready(sealer(cache, work))
+
+    compress_seconds = median_seconds(compress, repeats)
+    opener = jax.jit(functools.partial(_decode_all, dtype=layout.jax_dtype))
+    decompress_seconds = median_seconds(lambda: jax.block_until_ready(opener(cache)), repeats)
+    per_1k = 1e6 / (PAGES * layout.page_size)
+    return PageTimes(compress_seconds * per_1k, decompress_seconds * per_1k)
+
+
+def _decode_all(cache: PagedCache, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    def one_layer(layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys, values = decode_pages(cache, layer, jnp.arange(PAGES, dtype=jnp.int32))
+        return keys.astype(dtype), values.astype(dtype)
+
+    return jax.lax.map(one_layer, jnp.arange(cache.layout.layers, dtype=jnp.int32))
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median wall time of `repeats` runs, after one to warm up."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

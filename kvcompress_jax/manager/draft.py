@@ -1,0 +1,76 @@
+"""A plan in the making."""
+
+import dataclasses
+
+import numpy as np
+
+from kvcompress_jax.manager.page import NONE
+from kvcompress_jax.paged.layout import CacheLayout
+from kvcompress_jax.paged.plan import FineUpload, Plan, RawCopy, Retabling
+from kvcompress_jax.paged.seal import Sealing
+
+# Entries of each part of a plan: every plan has the same shapes, so that one program serves all.
+ENTRIES = 16
+UPLOADS = 4
+
+
+@dataclasses.dataclass
+class Draft:
+    """Lists that grow while the manager decides; `build` turns them into fixed-size arrays."""
+
+    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # source, target
+    tables: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # page: chunks
+    uploads: list[tuple[tuple[int, ...], np.ndarray]] = dataclasses.field(default_factory=list)
+    seals: list[tuple[int, int, tuple[int, ...], int]] = dataclasses.field(default_factory=list)
+
+    def build(self, layout: CacheLayout) -> Plan | None:
+        """The plan, or None when there is nothing in it."""
+        if not (self.copies or self.tables or self.seals):
+            return None
+        return Plan(
+            copies=RawCopy(
+                source=_padded([s for s, _ in self.copies]),
+                target=_padded([t for _, t in self.copies]),
+                count=_count(self.copies),
+            )
+            if self.copies
+            else None,
+            uploads=self._uploads(layout) if self.uploads else None,
+            tables=Retabling(
+                page=_padded(list(self.tables)),
+                chunks=_padded(list(self.tables.values()), layout.layers),
+                count=_count(self.tables),
+            )
+            if self.tables
+            else None,
+            seals=Sealing(
+                raw=_padded([s[0] for s in self.seals]),
+                page=_padded([s[1] for s in self.seals]),
+                chunks=_padded([s[2] for s in self.seals], layout.layers),
+                sink=_padded([s[3] for s in self.seals]),
+                count=_count(self.seals),
+            )
+            if self.seals
+            else None,
+        )
+
+    def _uploads(self, layout: CacheLayout) -> FineUpload:
+        shape = (2, layout.kv_heads, layout.fine_rows, layout.head_dim // 2)
+        size = UPLOADS * layout.layers
+        chunk, fine, n = np.zeros(size, np.int32), np.zeros((size, *shape), np.uint8), 0
+        for chunks, planes in self.uploads:
+            for layer, i in enumerate(chunks):
+                if i != NONE:
+                    chunk[n], fine[n], n = i, planes[layer], n + 1
+        return FineUpload(chunk=chunk, fine=fine, count=np.int32(n))
+
+
+def _padded(entries: list, width: int | None = None) -> np.ndarray:
+    out = np.full(ENTRIES if width is None else (ENTRIES, width), NONE, np.int32)
+    if entries:
+        out[: len(entries)] = entries
+    return out
+
+
+def _count(entries) -> np.int32:
+    return np.int32(len(entries))

@@ -1,0 +1,62 @@
+"""Fine planes in host memory, for pages that were demoted and may be promoted again."""
+
+import collections
+
+import jax
+import numpy as np
+
+
+class HostTier:
+    """Keeps fine planes by page uid within a budget in bytes; the oldest ones go first."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self.dropped = 0  # planes that had to go for lack of room
+        self._planes: collections.OrderedDict[int, jax.Array | np.ndarray] = (
+            collections.OrderedDict()
+        )
+
+    def __len__(self) -> int:
+        return len(self._planes)
+
+    def __contains__(self, uid: int) -> bool:
+        return uid in self._planes
+
+    def put(self, uid: int, planes: jax.Array | np.ndarray) -> list[int]:
+        """Keeps u8[layers, 2, heads, fine_rows, dim/2]; a device array is copied to the host when
+        it is asked for or when `settle` is called, so that nothing waits here.
+
+        Returns:
+          Uids whose planes had to go: the oldest ones, or this one if it alone is over budget.
+        """
+        if planes.nbytes > self.budget_bytes:
+            self.dropped += 1
+            return [uid]
+        gone = []
+        while self.used_bytes + planes.nbytes > self.budget_bytes:
+            oldest, old = self._planes.popitem(last=False)
+            self.used_bytes -= old.nbytes
+            self.dropped += 1
+            gone.append(oldest)
+        if isinstance(planes, jax.Array):
+            planes.copy_to_host_async()
+        self._planes[uid] = planes
+        self.used_bytes += planes.nbytes
+        return gone
+
+    def take(self, uid: int) -> np.ndarray:
+        """Removes and returns the planes of a page; KeyError if they are not here."""
+        planes = self._planes.pop(uid)
+        self.used_bytes -= planes.nbytes
+        return np.asarray(planes)
+
+    def drop(self, uid: int) -> None:
+        """Forgets the planes of a page, if they are here."""
+        if uid in self._planes:
+            self.used_bytes -= self._planes.pop(uid).nbytes
+
+    def settle(self) -> None:
+        """Moves what is still on the device to the host: its device memory is freed."""
+        for uid, planes in self._planes.items():
+            self._planes[uid] = np.asarray(planes)

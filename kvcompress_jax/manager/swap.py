@@ -1,0 +1,113 @@
+"""Pages of a preempted sequence: off the device and back, bit for bit."""
+
+import dataclasses
+from collections.abc import Sequence as ListOf
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from kvcompress_jax.manager.page import NONE, Page
+from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.transfer import (
+    PageIds,
+    RawImage,
+    SealedImage,
+    export_pages,
+    import_pages,
+)
+
+_export = jax.jit(export_pages)
+_import = jax.jit(import_pages, donate_argnums=0)
+_Tree = TypeVar("_Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Swapped:
+    """Pages in host memory, and what each had on the device."""
+
+    raw: tuple[Page, ...]
+    sealed: tuple[Page, ...]
+    levels: tuple[int, ...]  # of the sealed ones
+    chunks: tuple[tuple[int, ...], ...]  # of the sealed ones; only which layers had one matters
+    sinks: tuple[bool, ...]  # of the sealed ones: had a slot of exact first tokens
+    images: tuple[RawImage, SealedImage]  # NumPy arrays, one row a page
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that the pages take."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.images))
+
+    def needs(self) -> tuple[int, int, int, int, int]:
+        """What it takes to bring them back: rows, raw and sealed pages, fine chunks, sink slots."""
+        chunks = sum(c != NONE for page in self.chunks for c in page)
+        return 1, len(self.raw), len(self.sealed), chunks, sum(self.sinks)
+
+    def back(
+        self,
+        cache: PagedCache,
+        raw: ListOf[int],
+        sealed: ListOf[int],
+        chunks: ListOf[int],
+        sinks: ListOf[int],
+    ) -> PagedCache:
+        """Writes the pages to new ids, as many as `needs` says; `cache` is donated."""
+        for page, i in zip(self.raw, raw, strict=True):
+            page.raw = i
+        next_chunk, next_sink = iter(chunks), iter(sinks)
+        for k, (page, i) in enumerate(zip(self.sealed, sealed, strict=True)):
+            page.sealed, page.level = i, self.levels[k]
+            page.chunks = tuple(NONE if c == NONE else next(next_chunk) for c in self.chunks[k])
+            page.sink = next(next_sink) if self.sinks[k] else NONE
+        ids = _ids(self.raw, self.sealed, cache.layout.layers)
+        images = tuple(_pad_rows(image) for image in self.images)
+        return _import(cache, ids, *images)
+
+
+def out(cache: PagedCache, pages: ListOf[Page]) -> Swapped:
+    """Copies pages to host memory; waits for the device."""
+    raw = tuple(p for p in pages if p.sealed == NONE)
+    sealed = tuple(p for p in pages if p.sealed != NONE)
+    images = jax.device_get(_export(cache, _ids(raw, sealed, cache.layout.layers)))
+    # Copied, so that the padding's memory goes.
+    cut = (
+        jax.tree.map(lambda x, n=len(part): x[:n].copy(), image)
+        for image, part in zip(images, (raw, sealed), strict=True)
+    )
+    return Swapped(
+        raw=raw,
+        sealed=sealed,
+        levels=tuple(p.level for p in sealed),
+        chunks=tuple(p.chunks for p in sealed),
+        sinks=tuple(p.sink != NONE for p in sealed),
+        images=tuple(cut),
+    )
+
+
+def _ids(raw: ListOf[Page], sealed: ListOf[Page], layers: int) -> PageIds:
+    def pad(ids: list[int]) -> np.ndarray:
+        padded = np.full(_padded(len(ids)), NONE, np.int32)
+        padded[: len(ids)] = ids
+        return padded
+
+    chunks = np.full((_padded(len(sealed)), layers), NONE, np.int32)
+    for row, page in zip(chunks, sealed, strict=False):
+        row[:] = page.chunks
+    return PageIds(
+        raw=pad([p.raw for p in raw]),
+        sealed=pad([p.sealed for p in sealed]),
+        chunks=chunks,
+        sink=pad([p.sink for p in sealed]),
+    )
+
+
+def _pad_rows(image: _Tree) -> _Tree:
+    def pad(x: np.ndarray) -> np.ndarray:
+        return np.pad(x, [(0, _padded(x.shape[0]) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+    return jax.tree.map(pad, image)
+
+
+def _padded(n: int) -> int:
+    """Powers of two, so that few programs are compiled."""
+    return 1 << max(0, n - 1).bit_length()

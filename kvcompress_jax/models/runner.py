@@ -1,0 +1,285 @@
+"""A decoder on the paged cache: one call is one step of a serving loop."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence as ListOf
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.manager import KVCacheManager, pools_for_tokens
+from kvcompress_jax.models.config import DecoderConfig
+from kvcompress_jax.models.decoder import decode, logits
+from kvcompress_jax.models.load import Model
+from kvcompress_jax.paged import (
+    CacheLayout,
+    PagedCache,
+    PageTable,
+    PoolSizes,
+    append,
+    attend,
+    cool,
+    init_cache,
+    observe,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Sequences that get the same number of query slots in a step."""
+
+    table: PageTable
+    query_lengths: jax.Array  # i32[rows]: new tokens of each; the rest of its slots is padding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Tokens of one step: first those of the decoding rows, one each, then a chunk for each
+    prefilling row."""
+
+    tokens: jax.Array  # i32[decoding + prefilling * chunk]
+    positions: jax.Array  # i32, like tokens
+    slots: jax.Array  # i32, like tokens; -1 for padding
+    decoding: Rows | None
+    prefilling: Rows | None
+    wanted: jax.Array  # i32[n] indices into tokens whose logits are returned
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "track_mass", "decay"), donate_argnames="cache"
+)
+def run_step(
+    params: object,
+    cache: PagedCache,
+    step: Step,
+    *,
+    config: DecoderConfig,
+    track_mass: bool,
+    decay: float,
+) -> tuple[jax.Array, PagedCache]:
+    """Appends a step's tokens and attends to the cache, layer by layer.
+
+    Args:
+      params: weights of the decoder.
+      cache: donated.
+      step: tokens, where they go, and whom they belong to.
+      config: of the decoder.
+      track_mass: whether attention mass is observed, for importance and heat.
+      decay: what is left of the pages' heat after a step.
+
+    Returns:
+      f32[n, vocab] logits of `step.wanted`, and the cache.
+    """
+    groups = [rows for rows in (step.decoding, step.prefilling) if rows is not None]
+
+    def attention(q, k, v, layer, window, cache):
+        cache = append(cache, layer, k, v, step.slots)
+        outs, first = [], 0
+        for rows in groups:
+            sequences = rows.query_lengths.shape[0]
+            queries = 1 if rows is step.decoding else (q.shape[0] - first) // sequences
+            part = q[first : first + sequences * queries]
+            first += sequences * queries
+            out, _, mass = attend(
+                part.reshape(sequences, queries, *q.shape[1:]),
+                cache,
+                layer,
+                rows.table,
+                query_lengths=rows.query_lengths,
+                scale=config.query_scale,
+                window=window if any(config.layer_windows) else None,
+                soft_cap=config.soft_cap,
+                return_mass=track_mass,
+            )
+            if mass is not None:
+                cache = observe(cache, layer, rows.table, rows.query_lengths, mass)
+            outs.append(out.reshape(part.shape))
+        return jnp.concatenate(outs), cache
+
+    if track_mass:
+        cache = cool(cache, decay)
+    hidden, cache = decode(params, config, step.tokens, step.positions, attention, cache)
+    return logits(params, config, hidden[step.wanted]), cache
+
+
+class Runner:
+    """Weights, cache and manager of one model.
+
+    Attributes:
+      cache: the current value of the paged cache.
+      manager: who has which pages.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: CompressionConfig,
+        sizes: PoolSizes,
+        *,
+        max_sequences: int,
+        kv_dtype: str = "bfloat16",
+        chunk_tokens: int = 256,
+    ) -> None:
+        """Allocates the cache.
+
+        Args:
+          model: weights and their configuration.
+          config: of the compression.
+          sizes: of the pools (`kvcompress_jax.manager.divide_budget`).
+          max_sequences: that are on the device at the same time.
+          kv_dtype: of level 0.
+          chunk_tokens: most tokens of a prompt in a step.
+        """
+        self.model = model
+        self.config = config
+        self.chunk_tokens = chunk_tokens
+        self.max_sequences = max_sequences
+        self.layout = cache_layout(model.config, config, kv_dtype)
+        self.manager = KVCacheManager(self.layout, sizes, config, max_sequences=max_sequences)
+        self.cache = init_cache(self.layout, sizes)
+        # Mass orders the tokens of a page that is refined in part, and decides which pages to
+        # demote and promote. Where neither can happen it is not worth its time.
+        self.track_mass = config.compresses and config.levels == 3 and config.seal_level == 1
+
+    def advance(self) -> None:
+        """Applies what the manager has due; call it once before every `forward`."""
+        self.cache = self.manager.advance(self.cache)
+
+    def settle(self) -> None:
+        """Applies everything that is due, now."""
+        self.cache = self.manager.settle(self.cache)
+
+    def forward(
+        self,
+        decoding: ListOf[tuple[int, int]] = (),
+        prefilling: tuple[int, ListOf[int]] | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """One step: a token for each decoding sequence, a chunk for one that is prefilling.
+
+        Args:
+          decoding: (sequence, token) pairs.
+          prefilling: (sequence, tokens), at most `chunk_tokens` of them.
+          all_logits: return logits for every token of the chunk, not only its last.
+
+        Returns:
+          f32[decoding, vocab] and f32[tokens of the chunk or 1 (0 without one), vocab].
+
+        Raises:
+          OutOfPagesError: no raw pages for all of it; nothing was changed.
+          ValueError: nothing to do, or a chunk that is too long.
+        """
+        chunk = list(prefilling[1]) if prefilling else []
+        if not decoding and not chunk:
+            raise ValueError("forward: expected at least one token")
+        if len(chunk) > self.chunk_tokens:
+            raise ValueError(f"prefilling: at most {self.chunk_tokens} tokens, got {len(chunk)}")
+        grow = [(sequence, 1) for sequence, _ in decoding]
+        if prefilling is not None:
+            grow.append((prefilling[0], len(chunk)))
+        before = [self.manager.length(sequence) for sequence, _ in grow]
+        slots = self.manager.append_slots_to_all(grow)
+        rows = self.max_sequences if decoding else 0
+        size = rows + (self.chunk_tokens if chunk else 0)
+        tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        targets = np.full(size, -1, np.int32)
+        for row, (_, token) in enumerate(decoding):
+            tokens[row], positions[row], targets[row] = token, before[row], slots[row][0]
+        if chunk:
+            part = slice(rows, rows + len(chunk))
+            tokens[part], targets[part] = chunk, slots[-1]
+            positions[part] = before[-1] + np.arange(len(chunk))
+        last = rows + len(chunk) - 1
+        wanted = np.arange(size) if all_logits else np.arange(rows + bool(chunk))
+        if chunk and not all_logits:
+            wanted[-1] = last
+        out, self.cache = run_step(
+            self.model.params,
+            self.cache,
+            Step(
+                tokens=tokens,
+                positions=positions,
+                slots=targets,
+                decoding=self._rows([s for s, _ in decoding], [1] * len(decoding), rows),
+                prefilling=self._rows([prefilling[0]], [len(chunk)], 1) if prefilling else None,
+                wanted=wanted.astype(np.int32),
+            ),
+            config=self.model.config,
+            track_mass=self.track_mass,
+            decay=self.config.heat_decay,
+        )
+        chunk_logits = out[rows : rows + (len(chunk) if all_logits else bool(chunk))]
+        return out[: len(decoding)], chunk_logits
+
+    def extend(self, sequence: int, tokens: ListOf[int], *, all_logits: bool = False) -> jax.Array:
+        """Feeds tokens of one sequence, chunk by chunk, sealing what becomes due in between.
+
+        Returns:
+          f32[tokens, vocab] with `all_logits`, else f32[1, vocab] of the last token.
+        """
+        parts = []
+        for i in range(0, len(tokens), self.chunk_tokens):
+            self.advance()
+            part = tokens[i : i + self.chunk_tokens]
+            _, out = self.forward(prefilling=(sequence, part), all_logits=all_logits)
+            parts = [*parts, out] if all_logits else [out]
+        return jnp.concatenate(parts)
+
+    def _rows(self, sequences: list[int], lengths: list[int], rows: int) -> Rows | None:
+        if not sequences:
+            return None
+        padded = np.zeros(rows, np.int32)
+        padded[: len(lengths)] = lengths
+        table = self.manager.table(sequences, padded_rows=rows)
+        return Rows(table=table, query_lengths=padded)
+
+
+def make_runner(
+    model: Model,
+    config: CompressionConfig,
+    *,
+    tokens: int,
+    max_sequences: int,
+    chunk_tokens: int = 256,
+    kv_dtype: str = "bfloat16",
+) -> Runner:
+    """A runner whose pools hold a given number of tokens.
+
+    Args:
+      model: weights and their configuration.
+      config: of the compression.
+      tokens: of all sequences together; shared ones count once.
+      max_sequences: that are on the device at the same time.
+      chunk_tokens: most tokens of a prompt in a step.
+      kv_dtype: of level 0.
+    """
+    sizes = pools_for_tokens(
+        cache_layout(model.config, config, kv_dtype),
+        config,
+        tokens=tokens,
+        max_sequences=max_sequences,
+        step_tokens=chunk_tokens,
+    )
+    return Runner(
+        model,
+        config,
+        sizes,
+        max_sequences=max_sequences,
+        kv_dtype=kv_dtype,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def cache_layout(decoder: DecoderConfig, config: CompressionConfig, kv_dtype: str) -> CacheLayout:
+    """The page layout of a configuration for a model."""
+    return config.layout(
+        layers=decoder.num_layers,
+        kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        dtype=kv_dtype,
+    )

@@ -1,0 +1,218 @@
+"""`attend` in plain XLA: any device, bounded memory. The reference for the GPU kernels.
+
+Three loops share one online softmax: sealed pages, the exact first tokens, raw pages. Each takes
+a block of pages at a time and runs only as often as the longest row needs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.read import decode_pages
+from kvcompress_jax.paged.table import PageTable
+
+# Numbers that the keys of one block hold: 4 MiB as float32. Larger blocks leave the caches of a CPU
+# and cost it page faults, smaller ones the overhead of a loop (measured: three times the time).
+BLOCK_NUMBERS = 1 << 20
+MASKED = -1e30  # finite: the difference of two of them is 0, not NaN
+
+_einsum = functools.partial(
+    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Softmax:
+    """Running state of the online softmax."""
+
+    top: jax.Array  # f32[rows, heads, n] greatest logit so far
+    total: jax.Array  # f32[rows, heads, n] sum of exp(logit - top)
+    out: jax.Array  # f32[rows, heads, n, dim] weighted sum of values, unnormalised
+
+    def add(self, logits: jax.Array, mask: jax.Array, values: jax.Array) -> "_Softmax":
+        """Adds keys with logits [rows, heads, n, pages, tokens], a mask that broadcasts to them
+        and values [rows, pages, heads, tokens, dim]."""
+        logits = jnp.where(mask, logits, MASKED)
+        top = jnp.maximum(self.top, jnp.max(logits, axis=(3, 4)))
+        weights = jnp.where(mask, jnp.exp(logits - top[..., None, None]), 0.0)
+        shrink = jnp.exp(self.top - top)
+        return _Softmax(
+            top=top,
+            total=self.total * shrink + jnp.sum(weights, axis=(3, 4)),
+            out=self.out * shrink[..., None] + _einsum("rhnpt,rphtd->rhnd", weights, values),
+        )
+
+
+def attend_xla(
+    q: jax.Array,
+    cache: PagedCache,
+    layer: jax.Array | int,
+    table: PageTable,
+    *,
+    query_lengths: jax.Array,
+    scale: float,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    return_mass: bool,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """See `kvcompress_jax.paged.attention.attend`; `n` below is queries x heads per KV head."""
+    rows, queries, all_heads, dim = q.shape
+    layout = cache.layout
+    heads, page_size = layout.kv_heads, layout.page_size
+    group = all_heads // heads
+    n = queries * group
+    q32 = q.astype(jnp.float32).reshape(rows, queries, heads, group, dim) * scale
+    q32 = q32.transpose(0, 2, 1, 3, 4).reshape(rows, heads, n, dim)
+    # Positions of the queries; those of padding lie past the end and are dropped at the end.
+    first = table.length - query_lengths
+    position = first[:, None] + jnp.arange(queries, dtype=jnp.int32)[None, :]
+    position = jnp.repeat(position, group, axis=1)[:, None, :, None, None]  # [rows, 1, n, 1, 1]
+    real = jnp.arange(queries, dtype=jnp.int32)[None, :] < query_lengths[:, None]
+    real = jnp.repeat(real, group, axis=1)[:, None, :]  # [rows, 1, n]
+
+    def logits_of(keys: jax.Array) -> jax.Array:  # [rows, pages, heads, tokens, dim]
+        logits = _einsum("rhnd,rphtd->rhnpt", q32, keys)
+        return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+    def visible(token_position: jax.Array) -> jax.Array:
+        """Causal and window mask for tokens at [rows, heads or 1, 1, pages, tokens]."""
+        mask = token_position <= position
+        if window is None:
+            return mask
+        return mask & ((window <= 0) | (position - token_position < window))
+
+    block = _power_of_two_below(BLOCK_NUMBERS // (rows * heads * page_size * dim))
+    offsets = jnp.arange(page_size, dtype=jnp.int32)
+
+    def sealed_block(
+        ids: jax.Array, index: jax.Array, live: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        keys, values = decode_pages(cache, layer, ids, live)
+        mask = live[:, None, None, :, None]
+        exact = (index == 0) & (table.sink >= 0)[:, None]  # their first slots are kept exactly
+        coded = ~exact[:, :, None] | (offsets >= layout.sink_tokens)[None, None, :]
+        mask = mask & coded[:, None, None, :, :]
+        if window is not None:  # sealed tokens are always past: only a window needs positions
+            token = index[:, :, None, None] * page_size + cache.order[layer, ids].astype(jnp.int32)
+            mask = mask & visible(token.transpose(0, 2, 1, 3)[:, :, None])
+        return logits_of(keys), mask, values
+
+    def raw_block(
+        ids: jax.Array, index: jax.Array, live: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        token = index[:, :, None] * page_size + offsets[None, None, :]  # [rows, pages, tokens]
+        written = live[:, :, None] & (token < table.length[:, None, None])
+        kv = cache.raw[layer, ids].astype(jnp.float32)  # [rows, pages, 2, heads, tokens, dim]
+        # What is not written yet may hold NaN, and 0 * NaN is NaN.
+        kv = jnp.where(written[:, :, None, None, :, None], kv, 0.0)
+        mask = written[:, None, None] & visible(token[:, None, None])
+        return logits_of(kv[:, :, 0]), mask, kv[:, :, 1]
+
+    state = _Softmax(
+        top=jnp.full((rows, heads, n), MASKED, jnp.float32),
+        total=jnp.zeros((rows, heads, n), jnp.float32),
+        out=jnp.zeros((rows, heads, n, dim), jnp.float32),
+    )
+    state, page_lse = _over_pages(
+        state,
+        sealed_block,
+        (table.sealed, table.sealed_index, table.sealed_count),
+        block if cache.base.shape[1] else 0,
+        record=_page_lse if return_mass else None,
+        recorded=(rows, heads, n),
+    )
+    if layout.sink_tokens and cache.sinks.shape[1]:
+        token = jnp.arange(layout.sink_tokens, dtype=jnp.int32)[None, None, :]
+        kv = cache.sinks[layer, jnp.maximum(table.sink, 0)].astype(jnp.float32)[:, None]
+        kept = (table.sink >= 0)[:, None, None] & (token < table.length[:, None, None])
+        kv = jnp.where(kept[:, :, None, None, :, None], kv, 0.0)
+        mask = kept[:, None, None] & visible(token[:, None, None])
+        state = state.add(logits_of(kv[:, :, 0]), mask, kv[:, :, 1])
+    state, token_logits = _over_pages(
+        state,
+        raw_block,
+        (table.raw, table.raw_index, table.raw_count),
+        block,
+        record=(lambda logits, mask: jnp.where(mask, logits, MASKED)) if return_mass else None,
+        recorded=(rows, heads, n, page_size),
+    )
+
+    some = real & (state.total > 0)
+    total = jnp.where(some, state.total, 1.0)
+    lse = jnp.where(some, state.top + jnp.log(total), -jnp.inf)
+    out = jnp.where(some[..., None], state.out / total[..., None], 0.0)
+
+    def unpack_heads(x: jax.Array) -> jax.Array:
+        """[rows, heads, n, ...] to [rows, queries, all_heads, ...]."""
+        x = x.reshape(rows, heads, queries, group, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 2).reshape(rows, queries, all_heads, *x.shape[4:])
+
+    mass = None
+    if return_mass:
+        against = jnp.where(some, lse, jnp.inf)
+        sealed_mass = jnp.exp(page_lse - against[..., None])  # [rows, heads, n, pages]
+        raw_mass = jnp.exp(token_logits - against[..., None, None])
+        mass = jnp.sum(sealed_mass, axis=2), jnp.sum(raw_mass, axis=2)
+    return unpack_heads(out).astype(q.dtype), unpack_heads(lse), mass
+
+
+def _power_of_two_below(n: int) -> int:
+    """The largest power of two that is at most n; at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+def _page_lse(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """[rows, heads, n, pages]: log-sum-exp over the tokens of each page, MASKED where none."""
+    top = jnp.max(jnp.where(mask, logits, MASKED), axis=4)
+    total = jnp.sum(jnp.where(mask, jnp.exp(logits - top[..., None]), 0.0), axis=4)
+    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), MASKED)
+
+
+def _over_pages(
+    state: _Softmax,
+    load: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+    pages: tuple[jax.Array, jax.Array, jax.Array],
+    block: int,
+    *,
+    record: Callable[[jax.Array, jax.Array], jax.Array] | None,
+    recorded: tuple[int, ...],
+) -> tuple[_Softmax, jax.Array]:
+    """Adds all pages of a kind to the softmax, `block` of them at a time; 0: there are none.
+
+    `record(logits, mask)` gives [rows, heads, n, block, ...] to be kept for every page; the
+    second result is all of it, [rows, heads, n, pages, ...], MASKED where no page was read.
+    """
+    ids, index, count = pages
+    columns = ids.shape[1]
+    kept = jnp.full((*recorded[:3], columns, *recorded[3:]), MASKED, jnp.float32)
+    if columns == 0 or block == 0:
+        return state, kept
+    block = min(block, columns)
+    blocks = -(-columns // block)
+    pad = ((0, 0), (0, blocks * block - columns))
+    ids, index = jnp.pad(ids, pad), jnp.pad(index, pad)
+    kept = jnp.pad(kept, ((0, 0),) * 3 + (pad[1],) + ((0, 0),) * (len(recorded) - 3))
+
+    def body(i: jax.Array, carry: tuple[_Softmax, jax.Array]) -> tuple[_Softmax, jax.Array]:
+        state, kept = carry
+        column = i * block + jnp.arange(block, dtype=jnp.int32)
+        live = column[None, :] < count[:, None]
+        ids_now = jnp.where(live, lax.dynamic_slice_in_dim(ids, i * block, block, 1), 0)
+        index_now = lax.dynamic_slice_in_dim(index, i * block, block, 1)
+        logits, mask, values = load(ids_now, index_now, live)
+        if record is not None:
+            kept = lax.dynamic_update_slice_in_dim(kept, record(logits, mask), i * block, 3)
+        return state.add(logits, mask, values), kept
+
+    if blocks == 1:
+        state, kept = body(jnp.int32(0), (state, kept))
+    else:
+        needed = jnp.max((count + block - 1) // block)
+        state, kept = lax.fori_loop(0, needed.astype(jnp.int32), body, (state, kept))
+    return state, kept[:, :, :, :columns]

@@ -1,0 +1,73 @@
+"""The paged cache as a pytree of pools."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvcompress_jax.codec import Scale
+from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
+    """All pools of one model's cache; shapes in `kvcompress_jax.paged.layout`.
+
+    Invariants: `sealed[p]` is False until page p holds the code of finite keys and values;
+    `fine_of[l, p]` is a chunk that no other (layer, page) names, or -1; which pages are in use is
+    the host's business (`kvcompress_jax.manager`), what unused ones hold is nobody's.
+    """
+
+    raw: jax.Array
+    mass: jax.Array
+    seen: jax.Array
+    base: jax.Array
+    key_scale: Scale
+    value_scale: Scale
+    order: jax.Array
+    fine: jax.Array
+    fine_of: jax.Array
+    sinks: jax.Array
+    sealed: jax.Array
+    heat: jax.Array
+    rejected: jax.Array  # i32[]: pages that were left at level 0 because a value was not finite
+    layout: CacheLayout = dataclasses.field(metadata={"static": True})
+
+    @property
+    def sizes(self) -> PoolSizes:
+        """Capacities, read off the shapes."""
+        return PoolSizes(
+            raw_pages=self.raw.shape[1],
+            sealed_pages=self.base.shape[1],
+            fine_chunks=self.fine.shape[0],
+            sink_slots=self.sinks.shape[1],
+        )
+
+
+def init_cache(layout: CacheLayout, sizes: PoolSizes) -> PagedCache:
+    """An empty cache. Every pool is allocated at once and never grows."""
+    layers, heads, dim = layout.layers, layout.kv_heads, layout.head_dim
+    page, pages = layout.page_size, sizes.sealed_pages
+
+    def scale(*shape: int) -> Scale:
+        return Scale(step=jnp.zeros(shape, jnp.bfloat16), zero=jnp.zeros(shape, jnp.float16))
+
+    return PagedCache(
+        raw=jnp.zeros((layers, sizes.raw_pages, 2, heads, page, dim), layout.jax_dtype),
+        mass=jnp.zeros((layers, sizes.raw_pages, heads, page), jnp.float32),
+        seen=jnp.zeros((layers, sizes.raw_pages, page), jnp.float32),
+        base=jnp.zeros((layers, pages, 2, heads, page, dim // 2), jnp.uint8),
+        key_scale=scale(layers, pages, heads, dim),
+        value_scale=scale(layers, pages, heads, page),
+        order=jnp.zeros((layers, pages, heads, page), jnp.uint8),
+        fine=jnp.zeros((sizes.fine_chunks, 2, heads, layout.fine_rows, dim // 2), jnp.uint8),
+        fine_of=jnp.full((layers, pages), -1, jnp.int32),
+        sinks=jnp.zeros(
+            (layers, sizes.sink_slots, 2, heads, layout.sink_tokens, dim), layout.jax_dtype
+        ),
+        sealed=jnp.zeros((pages,), jnp.bool),
+        heat=jnp.zeros((pages,), jnp.float32),
+        rejected=jnp.zeros((), jnp.int32),
+        layout=layout,
+    )

@@ -1,0 +1,108 @@
+"""One page of tokens to its embedded code: scales, order, planes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvcompress_jax.codec import Scale, decode, encode, fit_scale, pack
+from kvcompress_jax.importance import importance, rank_tokens
+from kvcompress_jax.paged.layout import CacheLayout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageCode:
+    """The code of a page, or of several along leading axes; slots are ordered by importance.
+
+    Invariant: slot j of head h holds token `order[h, j]`, in every field; the fine plane covers
+    slots 0 to fine_rows - 1.
+    """
+
+    base: jax.Array  # u8[..., 2, heads, page_size, dim/2]
+    fine: jax.Array  # u8[..., 2, heads, fine_rows, dim/2]
+    key_scale: Scale  # [..., heads, dim]
+    value_scale: Scale  # [..., heads, page_size]
+    order: jax.Array  # u8[..., heads, page_size]
+
+
+def encode_page(
+    layout: CacheLayout,
+    keys: jax.Array,
+    values: jax.Array,
+    attention: jax.Array,
+    exact: jax.Array,
+) -> PageCode:
+    """Codes a full page: keys per channel over the page, values per token.
+
+    Keys have outlier channels, which per-channel scales isolate; values have none (KIVI: Liu et
+    al., 2024).
+
+    Args:
+      layout: of the cache.
+      keys: floating [heads, page_size, dim], finite.
+      values: like keys.
+      attention: f32[heads, page_size], mean attention that each token received so far.
+      exact: bool[page_size]: tokens that are kept exactly elsewhere. They take the first slots and
+        do not count in the keys' scales, which they would widen most.
+
+    Returns:
+      The code, without leading axes.
+    """
+    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    key_scale = fit_scale(keys, axis=-2, where=~exact[None, :, None])
+    value_scale = fit_scale(values, axis=-1)
+    key_base, key_fine = encode(keys, key_scale, axis=-2)
+    value_base, value_fine = encode(values, value_scale, axis=-1)
+    error = token_error(
+        keys - decode(key_base, key_scale, axis=-2),
+        values - decode(value_base, value_scale, axis=-1),
+        values,
+    )
+    order = _order(layout, keys, values, error, attention, exact)
+
+    def sort(x: jax.Array) -> jax.Array:  # [heads, page_size, ...]
+        return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    rows = layout.fine_rows
+    return PageCode(
+        base=jnp.stack([pack(sort(key_base)), pack(sort(value_base))]),
+        fine=jnp.stack([pack(sort(key_fine)[:, :rows]), pack(sort(value_fine)[:, :rows])]),
+        key_scale=key_scale,
+        value_scale=Scale(step=sort(value_scale.step), zero=sort(value_scale.zero)),
+        order=order.astype(jnp.uint8),
+    )
+
+
+def token_error(key_error: jax.Array, value_error: jax.Array, values: jax.Array) -> jax.Array:
+    """Size of the error in the attention output that a token's code causes, per unit of attention.
+
+    The token's logit is off by about |key error| for a query of unit variance, scaled by
+    dim ** -0.5, which changes its share of the output by that factor of its value; its value is
+    off by |value error|.
+
+    Args:
+      key_error: f32[heads, tokens, dim].
+      value_error: f32[heads, tokens, dim].
+      values: f32[heads, tokens, dim].
+
+    Returns:
+      f32[heads, tokens].
+    """
+    dim = key_error.shape[-1]
+    logit = jnp.sqrt(jnp.sum(key_error**2, axis=-1) / dim)
+    return logit * jnp.linalg.norm(values, axis=-1) + jnp.linalg.norm(value_error, axis=-1)
+
+
+def _order(
+    layout: CacheLayout,
+    keys: jax.Array,
+    values: jax.Array,
+    error: jax.Array,
+    attention: jax.Array,
+    exact: jax.Array,
+) -> jax.Array:
+    """i32[heads, page_size]: the token of each slot, exact ones first, then by importance x error."""
+    score = importance(error.T, None, attention.T, layout.weights)
+    rank = rank_tokens(jnp.where(exact[:, None], jnp.inf, score), jnp.where(exact[:, None], 1.0, error.T))
+    return rank.T

@@ -1,0 +1,74 @@
+"""Sealed pages back to keys and values."""
+
+import jax
+import jax.numpy as jnp
+
+from kvcompress_jax.codec import Scale, reconstruct, refine, unpack
+from kvcompress_jax.paged.cache import PagedCache
+
+
+def decode_pages(
+    cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of sealed pages at their level, in slot order.
+
+    Args:
+      cache: the paged cache.
+      layer: i32[].
+      ids: i32[...] page ids, all in range.
+      live: bool[...]: pages to decode; the others read as zeros, whatever they hold. None: all.
+
+    Returns:
+      keys and values, f32[..., heads, page_size, dim]; slot j holds token `cache.order[..., j]`.
+    """
+    layout = cache.layout
+    codes = unpack(cache.base[layer, ids])  # [..., 2, heads, page_size, dim]
+    key_scale = _scale_of(cache.key_scale, layer, ids, live)
+    value_scale = _scale_of(cache.value_scale, layer, ids, live)
+    position = codes.astype(jnp.float32)
+    if layout.fine_rows and cache.fine.shape[0]:
+        fine = _refinement(cache, layer, ids, live)
+        refined, coarse = jnp.split(position, [layout.fine_rows], axis=-2)
+        position = jnp.concatenate([refined + fine, coarse], axis=-2)
+    keys = reconstruct(position[..., 0, :, :, :], key_scale, axis=-2)
+    values = reconstruct(position[..., 1, :, :, :], value_scale, axis=-1)
+    return keys, values
+
+
+def read_pages(
+    cache: PagedCache, layer: jax.Array | int, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Like `decode_pages`, but in token order: for export and for measuring.
+
+    The exact first tokens of a sequence are not part of its first page's code; what stands here
+    for them is the code of the nearest values in range.
+    """
+    keys, values = decode_pages(cache, layer, ids)
+    slot_of_token = jnp.argsort(cache.order[layer, ids].astype(jnp.int32), axis=-1)[..., None]
+    return (
+        jnp.take_along_axis(keys, slot_of_token, axis=-2),
+        jnp.take_along_axis(values, slot_of_token, axis=-2),
+    )
+
+
+def _scale_of(
+    scale: Scale, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
+) -> Scale:
+    picked = Scale(step=scale.step[layer, ids], zero=scale.zero[layer, ids])
+    if live is None:
+        return picked
+    live = live[..., None, None]
+    return Scale(
+        step=jnp.where(live, picked.step, jnp.zeros_like(picked.step)),
+        zero=jnp.where(live, picked.zero, jnp.zeros_like(picked.zero)),
+    )
+
+
+def _refinement(
+    cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
+) -> jax.Array:
+    """What the fine planes add to the base codes: f32[..., 2, heads, fine_rows, dim]."""
+    chunk = cache.fine_of[layer, ids]
+    has = chunk >= 0 if live is None else live & (chunk >= 0)
+    fine = unpack(cache.fine[jnp.where(has, chunk, 0)])  # [..., 2, heads, fine_rows, dim]
+    return jnp.where(has[..., None, None, None, None], refine(fine), 0.0)

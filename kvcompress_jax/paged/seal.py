@@ -1,0 +1,94 @@
+"""Full raw pages to sealed ones."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvcompress_jax.codec import Scale
+from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.page_code import PageCode, encode_page
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sealing:
+    """Pages to seal; the first `count` entries are real, the rest is padding."""
+
+    raw: jax.Array  # i32[n] raw page, full
+    page: jax.Array  # i32[n] sealed page to write
+    chunks: jax.Array  # i32[n, layers] fine chunk of each layer, -1: that layer goes to level 2
+    sink: jax.Array  # i32[n] slot for the exact first tokens, -1: not the first page of a sequence
+    count: jax.Array  # i32[]
+
+
+def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
+    """Codes raw pages into sealed ones; the raw pages stay as they are, for the host to free.
+
+    A page with a value that is not finite in any layer is not sealed: nothing of it is written,
+    `cache.sealed` is False for its target and `cache.rejected` counts it. Other pages are not
+    affected.
+
+    Args:
+      cache: donated, it is updated in place.
+      sealing: what to seal.
+
+    Returns:
+      The cache with the codes in it, `cache.sealed` True for pages that were sealed.
+    """
+    layout = cache.layout
+    token = jnp.arange(layout.page_size, dtype=jnp.int32)
+
+    def body(i: jax.Array, cache: PagedCache) -> PagedCache:
+        raw, sink = sealing.raw[i], sealing.sink[i]
+        kv = cache.raw[:, raw]  # [layers, 2, heads, page_size, dim]
+        finite = jnp.all(jnp.isfinite(kv))
+        seen = cache.seen[:, raw][:, None, :]
+        attention = cache.mass[:, raw] / jnp.maximum(seen, 1.0)
+        exact = (token < layout.sink_tokens) & (sink >= 0)
+        code = jax.vmap(functools.partial(encode_page, layout), in_axes=(0, 0, 0, None))(
+            kv[:, 0], kv[:, 1], attention, exact
+        )
+        return _store(cache, code, kv, sealing, i, finite)
+
+    return lax.fori_loop(0, sealing.count, body, cache)
+
+
+def _store(
+    cache: PagedCache,
+    code: PageCode,
+    kv: jax.Array,
+    sealing: Sealing,
+    i: jax.Array,
+    finite: jax.Array,
+) -> PagedCache:
+    """Writes one page's code, or nothing of it: indices out of range are dropped."""
+    page = jnp.where(finite, sealing.page[i], cache.base.shape[1])
+    chunks = sealing.chunks[i]
+    refined = finite & (chunks >= 0)
+    chunk = jnp.where(refined, chunks, cache.fine.shape[0])
+    sink = jnp.where(finite & (sealing.sink[i] >= 0), sealing.sink[i], cache.sinks.shape[1])
+
+    def put(pool: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
+        if pool.shape[1] == 0:  # a cache without sinks
+            return pool
+        return pool.at[:, index].set(x.astype(pool.dtype), mode="drop")
+
+    def put_scale(pool: Scale, x: Scale) -> Scale:
+        return Scale(step=put(pool.step, page, x.step), zero=put(pool.zero, page, x.zero))
+
+    return dataclasses.replace(
+        cache,
+        base=put(cache.base, page, code.base),
+        key_scale=put_scale(cache.key_scale, code.key_scale),
+        value_scale=put_scale(cache.value_scale, code.value_scale),
+        order=put(cache.order, page, code.order),
+        fine=cache.fine.at[chunk].set(code.fine, mode="drop") if cache.fine.shape[0] else cache.fine,
+        fine_of=put(cache.fine_of, page, jnp.where(refined, chunks, -1)),
+        sinks=put(cache.sinks, sink, kv[:, :, :, : cache.layout.sink_tokens]),
+        sealed=cache.sealed.at[sealing.page[i]].set(finite),  # its last owner may have left True
+        heat=cache.heat.at[page].set(0.0, mode="drop"),
+        rejected=cache.rejected + jnp.where(finite, 0, 1),
+    )

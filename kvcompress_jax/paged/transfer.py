@@ -1,0 +1,104 @@
+"""Whole pages off the device and back, bit for bit: for preemption and colder tiers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvcompress_jax.codec import Scale
+from kvcompress_jax.paged.cache import PagedCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageIds:
+    """Where pages are on the device; -1 is nowhere."""
+
+    raw: jax.Array  # i32[n] raw pages
+    sealed: jax.Array  # i32[m] sealed pages
+    chunks: jax.Array  # i32[m, layers] their fine chunks, -1 for none
+    sink: jax.Array  # i32[m] their slots of exact first tokens, -1 for none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RawImage:
+    """What n raw pages hold."""
+
+    kv: jax.Array  # [n, layers, 2, heads, page_size, dim]
+    mass: jax.Array  # f32[n, layers, heads, page_size]
+    seen: jax.Array  # f32[n, layers, page_size]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SealedImage:
+    """What m sealed pages hold; where a chunk or sink slot is -1, `fine` or `sinks` mean nothing."""
+
+    base: jax.Array  # u8[m, layers, 2, heads, page_size, dim/2]
+    key_scale: Scale  # [m, layers, heads, dim]
+    value_scale: Scale  # [m, layers, heads, page_size]
+    order: jax.Array  # u8[m, layers, heads, page_size]
+    heat: jax.Array  # f32[m]
+    fine: jax.Array  # u8[m, layers, 2, heads, fine_rows, dim/2]
+    sinks: jax.Array  # [m, layers, 2, heads, sink_tokens, dim]
+
+
+def export_pages(cache: PagedCache, ids: PageIds) -> tuple[RawImage, SealedImage]:
+    """Copies pages out of the pools; ids of -1 give pages that mean nothing."""
+
+    def pick(pool: jax.Array, index: jax.Array) -> jax.Array:
+        if pool.shape[1] == 0:  # nothing is ever stored there
+            return jnp.zeros((index.shape[0], pool.shape[0], *pool.shape[2:]), pool.dtype)
+        return jnp.moveaxis(pool[:, jnp.maximum(index, 0)], 1, 0)
+
+    if cache.fine.shape[0]:
+        fine = cache.fine[jnp.maximum(ids.chunks, 0)]
+    else:
+        fine = jnp.zeros((*ids.chunks.shape, *cache.fine.shape[1:]), cache.fine.dtype)
+    raw = RawImage(
+        kv=pick(cache.raw, ids.raw),
+        mass=pick(cache.mass, ids.raw),
+        seen=pick(cache.seen, ids.raw),
+    )
+    sealed = SealedImage(
+        base=pick(cache.base, ids.sealed),
+        key_scale=jax.tree.map(lambda pool: pick(pool, ids.sealed), cache.key_scale),
+        value_scale=jax.tree.map(lambda pool: pick(pool, ids.sealed), cache.value_scale),
+        order=pick(cache.order, ids.sealed),
+        heat=pick(cache.heat[None], ids.sealed)[:, 0],
+        fine=fine,
+        sinks=pick(cache.sinks, ids.sink),
+    )
+    return raw, sealed
+
+
+def import_pages(
+    cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedImage
+) -> PagedCache:
+    """Writes pages back, to the same or other ids; ids of -1 are skipped. `cache` is donated."""
+
+    def put(pool: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
+        index = jnp.where(index < 0, pool.shape[1], index)  # too large: dropped
+        return pool.at[:, index].set(jnp.moveaxis(x, 0, 1), mode="drop")
+
+    def put_sealed(pool: jax.Array, x: jax.Array) -> jax.Array:
+        return put(pool, ids.sealed, x)
+
+    page = jnp.where(ids.sealed < 0, cache.base.shape[1], ids.sealed)
+    chunk = jnp.where(ids.chunks < 0, cache.fine.shape[0], ids.chunks)
+    return dataclasses.replace(
+        cache,
+        raw=put(cache.raw, ids.raw, raw.kv),
+        mass=put(cache.mass, ids.raw, raw.mass),
+        seen=put(cache.seen, ids.raw, raw.seen),
+        base=put_sealed(cache.base, sealed.base),
+        key_scale=jax.tree.map(put_sealed, cache.key_scale, sealed.key_scale),
+        value_scale=jax.tree.map(put_sealed, cache.value_scale, sealed.value_scale),
+        order=put_sealed(cache.order, sealed.order),
+        heat=cache.heat.at[page].set(sealed.heat, mode="drop"),
+        sealed=cache.sealed.at[page].set(True, mode="drop"),
+        fine=cache.fine.at[chunk].set(sealed.fine, mode="drop"),
+        fine_of=cache.fine_of.at[:, page].set(ids.chunks.T, mode="drop"),
+        sinks=put(cache.sinks, ids.sink, sealed.sinks),
+    )

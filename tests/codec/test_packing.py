@@ -1,0 +1,33 @@
+"""Packing is a bijection with the documented nibble order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcompress_jax.codec import pack, unpack
+
+
+@pytest.mark.parametrize("dim", [2, 64, 96, 128, 256])
+def test_round_trip(dim):
+    codes = jax.random.randint(jax.random.key(0), (3, 5, dim), 0, 16).astype(jnp.uint8)
+    packed = pack(codes)
+    assert packed.shape == (3, 5, dim // 2) and packed.dtype == jnp.uint8
+    assert np.array_equal(unpack(packed), codes)
+    assert not np.array_equal(unpack(packed ^ jnp.uint8(1)), codes)
+
+
+def test_every_byte():
+    every = jnp.arange(256, dtype=jnp.uint8).reshape(8, 32)
+    assert np.array_equal(pack(unpack(every)), every)
+
+
+def test_nibble_order():
+    """Channel j is the low nibble of byte j, channel j + dim/2 the high one."""
+    assert np.array_equal(pack(jnp.array([1, 2, 3, 4], jnp.uint8)), [1 | 3 << 4, 2 | 4 << 4])
+
+
+@pytest.mark.parametrize("codes", [jnp.zeros((4, 3), jnp.uint8), jnp.zeros((4, 4), jnp.int32)])
+def test_refuses_what_it_cannot_pack(codes):
+    with pytest.raises(ValueError, match=r"codes: expected uint8\[..., even\], got"):
+        pack(codes)

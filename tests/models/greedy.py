@@ -1,0 +1,17 @@
+"""Greedy generation without a cache."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from kvcompress_jax.models.dense import dense_forward
+from kvcompress_jax.models.load import Model
+
+
+def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
+    """The next tokens. Every step runs the whole, padded text: what is behind changes nothing."""
+    tokens = np.zeros((1, len(prompt) + count), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for i in range(len(prompt), len(prompt) + count):
+        scores = dense_forward(model.params, model.config, jnp.asarray(tokens))
+        tokens[0, i] = int(scores[0, i - 1].argmax())
+    return tokens[0, len(prompt) :].tolist()

@@ -1,0 +1,191 @@
+"""Random models of Hugging Face transformers: the oracle. Importing this needs torch."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from kvcompress_jax.models.dense import dense_forward
+from kvcompress_jax.models.load import Model
+from tests.models.files import Settings, State
+
+TOKENS = 40  # longer than every window below
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 96,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+_GEMMA3: dict[str, Any] = {
+    "num_hidden_layers": 7,  # six form the pattern
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 144,
+    "sliding_window": 9,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (
+        "Llama",
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64},
+    ),
+    "llama-plain-defaults": ("Llama", {"num_attention_heads": 3}),  # head_dim 32, no groups
+    "llama3-scaling-tied": (
+        "Llama",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "llama-biases-linear-scaling": (
+        "Llama",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 96,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+    "qwen2": (
+        "Qwen2",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "qwen2-window": (
+        "Qwen2",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": (
+        "Qwen3",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+    ),
+    "qwen3-tied": (
+        "Qwen3",
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": ("Gemma3Text", _GEMMA3),
+    "gemma3-options": (
+        "Gemma3Text",
+        _GEMMA3
+        | {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "head_dim": 96,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "final_logit_softcapping": 2.0,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+        },
+    ),
+}
+
+
+def make_hf(case: str, *, seed: int = 0) -> transformers.PreTrainedModel:
+    """A model with random weights of a size that gives logits of about 1, and large key biases."""
+    family, settings = CASES[case]
+    settings = _COMMON | copy.deepcopy(settings)
+    if family == "Gemma3Text":
+        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**settings))
+    else:
+        config = getattr(transformers, f"{family}Config")(**settings)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    return randomize(model, seed)
+
+
+def randomize(model: transformers.PreTrainedModel, seed: int) -> transformers.PreTrainedModel:
+    """Draws new weights: the initial ones have no biases and norms that do nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    offset = 0.0 if "Gemma3" in type(model).__name__ else 1.0  # Gemma's norms add 1 themselves
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            x = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                x = offset + 0.2 * x
+            elif name.endswith("k_proj.bias"):
+                x = 8 * x
+            elif "embed_tokens" in name and not model.config.tie_word_embeddings and offset:
+                pass  # larger than what layers add: the next token depends on this one
+            elif not name.endswith("bias"):
+                x = x / math.sqrt(weight.shape[-1])
+            weight.copy_(x)
+    return model.float().eval()
+
+
+def hf_logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+    """f32[batch, tokens, vocab]."""
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long()).logits.float().numpy()
+
+
+def hf_greedy(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    """The next tokens, and no early end."""
+    out = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=count, do_sample=False, pad_token_id=0
+        ),
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def our_logits(model: Model, tokens: np.ndarray) -> np.ndarray:
+    """f32[batch, tokens, vocab]."""
+    return np.asarray(dense_forward(model.params, model.config, jnp.asarray(tokens, jnp.int32)))
+
+
+def random_tokens(vocab_size: int, *, batch: int = 2, tokens: int = TOKENS) -> np.ndarray:
+    """int32[batch, tokens]."""
+    return np.random.default_rng(7).integers(3, vocab_size, (batch, tokens), dtype=np.int32)
+
+
+def save(model: transformers.PreTrainedModel, path: Path) -> Path:
+    """Writes a directory."""
+    model.save_pretrained(path)
+    return path
+
+
+def contents(model: transformers.PreTrainedModel) -> tuple[Settings, State]:
+    """Settings and weights, for `write_gguf`."""
+    settings = model.config.to_dict()
+    settings["head_dim"] = settings.get("head_dim") or (
+        settings["hidden_size"] // settings["num_attention_heads"]
+    )
+    return settings, {name: x.numpy() for name, x in model.state_dict().items()}

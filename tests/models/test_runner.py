@@ -1,0 +1,129 @@
+"""The paged path against a dense float32 forward pass."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.manager import OutOfPagesError
+from kvcompress_jax.models.dense import dense_forward
+from kvcompress_jax.models.runner import make_runner
+from tests.models.tiny import CONFIGS, random_tokens, tiny_model
+
+LOGIT_TOLERANCE = 1e-3  # both are float32 sums of some thousand products; seen: 1e-5
+
+
+def dense(model, tokens):
+    return np.asarray(dense_forward(model.params, model.config, jnp.array([tokens], jnp.int32))[0])
+
+
+def uncompressed(page_size):
+    return CompressionConfig(enabled=False, page_size=page_size)
+
+
+def runner_of(model, config, *, max_sequences=1, tokens=512, chunk_tokens=32, kv_dtype="float32"):
+    return make_runner(
+        model,
+        config,
+        tokens=tokens,
+        max_sequences=max_sequences,
+        chunk_tokens=chunk_tokens,
+        kv_dtype=kv_dtype,
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("page_size", "chunk"), [(16, 1), (16, 7), (16, 64), (32, 33), (64, 32), (128, 5), (256, 100)]
+)
+def test_chunked_prefill_is_the_dense_pass(name, page_size, chunk):
+    if page_size in (32, 128) and name not in ("llama", "gemma3"):
+        pytest.skip("one plain and one windowed architecture cover these page sizes")
+    model = tiny_model(CONFIGS[name])
+    tokens = random_tokens(model.config, 100, seed=1)
+    if chunk == 1:
+        tokens = tokens[:40]
+    runner = runner_of(model, uncompressed(page_size), chunk_tokens=chunk)
+    got = np.asarray(runner.extend(runner.manager.add(), tokens, all_logits=True))
+    want = dense(model, tokens)
+    assert np.abs(got - want).max() <= LOGIT_TOLERANCE
+    assert np.array_equal(got.argmax(-1), want.argmax(-1))
+    assert np.abs(got[1:] - want[:-1]).max() > 100 * LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mixed_batches_of_ragged_lengths(name):
+    """Eight sequences, one of them still reading its prompt while the others decode."""
+    model = tiny_model(CONFIGS[name])
+    runner = runner_of(model, uncompressed(16), max_sequences=8, tokens=800)
+    texts = [random_tokens(model.config, n, seed=n) for n in (3, 16, 17, 40, 64, 5, 33, 90)]
+    ids = [runner.manager.add() for _ in texts]
+    fed = [len(t) - 3 for t in texts[:-1]] + [0]
+    for sequence, text, n in zip(ids, texts, fed, strict=True):
+        if n > 0:
+            runner.extend(sequence, text[:n])
+    for step in range(3):
+        decoding = [i for i in range(7) if fed[i] >= 0]
+        chunk = texts[7][fed[7] : fed[7] + 30]
+        decoded, last = runner.forward(
+            [(ids[i], texts[i][fed[i]]) for i in decoding], (ids[7], chunk)
+        )
+        for row, i in enumerate(decoding):
+            fed[i] += 1
+            want = dense(model, texts[i][: fed[i]])[-1]
+            assert np.abs(decoded[row] - want).max() <= LOGIT_TOLERANCE, (step, i)
+        fed[7] += len(chunk)
+        want = dense(model, texts[7][: fed[7]])
+        assert np.abs(last[0] - want[-1]).max() <= LOGIT_TOLERANCE
+        assert np.abs(last[0] - want[-2]).max() > 100 * LOGIT_TOLERANCE
+
+
+def test_a_step_that_does_not_fit_changes_nothing():
+    model = tiny_model(CONFIGS["llama"])
+    runner = runner_of(model, uncompressed(16), tokens=32, max_sequences=2)
+    first, second = runner.manager.add(), runner.manager.add()
+    runner.extend(first, random_tokens(model.config, 32, seed=0))
+    runner.extend(second, random_tokens(model.config, 32, seed=1))
+    before = runner.manager.raw.free
+    with pytest.raises(OutOfPagesError, match="raw pages: expected 3 free, got 2 of 6"):
+        runner.forward([(first, 1)], (second, [1] * 32))
+    assert runner.manager.raw.free == before
+    assert runner.manager.length(first) == runner.manager.length(second) == 32
+    runner.manager.verify(runner.cache)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "prefilling", "message"),
+    [
+        ([], None, "forward: expected at least one token"),
+        ([], (0, [1] * 33), "at most 32 tokens, got 33"),
+    ],
+)
+def test_errors(decoding, prefilling, message):
+    model = tiny_model(CONFIGS["llama"])
+    runner = runner_of(model, uncompressed(16))
+    runner.manager.add()
+    with pytest.raises(ValueError, match=message):
+        runner.forward(decoding, prefilling)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compressed_logits_stay_near(name):
+    """Not the fidelity of a real model, but no page is mixed up either: INT8 everywhere is close,
+    INT4 is further, and both are nothing like another text's logits."""
+    model = tiny_model(CONFIGS[name])
+    tokens = random_tokens(model.config, 160, seed=2)
+    want = dense(model, tokens)
+    error = {}
+    for levels, seal_level in ((2, 1), (3, 2)):
+        config = CompressionConfig(
+            page_size=16, window_tokens=16, levels=levels, seal_level=seal_level
+        )
+        runner = runner_of(model, config)
+        got = np.asarray(runner.extend(runner.manager.add(), tokens, all_logits=True))
+        stats = runner.manager.get_compression_stats()
+        assert stats["seals"] >= 5
+        error[levels] = np.abs(got - want).mean() / np.abs(want).mean()
+    assert error[2] < 0.02 and error[2] < error[3] / 4 and error[3] < 0.3
+    other = dense(model, random_tokens(model.config, 160, seed=3))
+    assert np.abs(other - want).mean() / np.abs(want).mean() > 0.5
