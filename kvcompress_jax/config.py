@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvcompress_jax.importance import ImportanceWeights
+from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceWeights
 from kvcompress_jax.paged.layout import PAGE_SIZES, CacheLayout
 
 
@@ -54,7 +54,7 @@ class CompressionConfig:
     promote_heat: float = 2.0
     heat_decay: float = 0.95
     weights: ImportanceWeights = ImportanceWeights()
-    magnitude: str = "quantization_error"
+    magnitude: str = "output_error"
     attention: str = "mean"
 
     def __post_init__(self) -> None:
@@ -84,6 +84,8 @@ class CompressionConfig:
         )
         _check(self.host_bytes >= 0, "host_bytes", "at least 0", self.host_bytes)
         _check(self.promote_heat >= 1, "promote_heat", "at least 1", self.promote_heat)
+        _check(self.magnitude in MAGNITUDES, "magnitude", list(MAGNITUDES), self.magnitude)
+        _check(self.attention in ATTENTIONS, "attention", list(ATTENTIONS), self.attention)
         _check(0 < self.heat_decay < 1, "heat_decay", "more than 0, less than 1", self.heat_decay)
 
     @classmethod
@@ -204,7 +206,7 @@ class CompressionConfig:
         )
 
 
-def _check(condition: bool, name: str, expected: str, got: object) -> None:
+def _check(condition: bool, name: str, expected: object, got: object) -> None:
     if not condition:
         raise ConfigError(f"{name}: expected {expected}, got {got}")
 

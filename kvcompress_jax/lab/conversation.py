@@ -93,7 +93,7 @@ def converse(
     for i in range(0, len(facts.context), CHUNK_TOKENS):
         runner.extend(text, facts.context[i : i + CHUNK_TOKENS])
         note()
-    runner.settle()
+    runner.advance()
     # Small steps from here on: a question is a few tokens.
     runner.chunk_tokens = 1 << (max(len(q) for q in questions) - 1).bit_length()
     requests = [engine.submit(q, max_new_tokens=answer_tokens, prefix=text) for q in questions]

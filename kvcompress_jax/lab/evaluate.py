@@ -166,7 +166,7 @@ class Evaluator:
         )
         sequence = runner.manager.add()
         runner.extend(sequence, tokens)
-        runner.settle()
+        runner.advance()
         # From here on in small steps, so that pages are sealed as they leave the window.
         runner.chunk_tokens = min(config.page_size, self.chunk_tokens)
         return runner, sequence
@@ -175,7 +175,7 @@ class Evaluator:
         """f32[continuation, vocab], teacher-forced on a fork."""
         fork = runner.manager.fork(sequence)
         logits = runner.extend(fork, self.continuation, all_logits=True)
-        runner.settle()
+        runner.advance()
         runner.manager.free(fork)
         return logits
 

@@ -16,6 +16,7 @@ class HostTier:
         self._planes: collections.OrderedDict[int, jax.Array | np.ndarray] = (
             collections.OrderedDict()
         )
+        self._arriving: list[int] = []
 
     def __len__(self) -> int:
         return len(self._planes)
@@ -23,27 +24,24 @@ class HostTier:
     def __contains__(self, uid: int) -> bool:
         return uid in self._planes
 
-    def put(self, uid: int, planes: jax.Array | np.ndarray) -> list[int]:
-        """Keeps u8[layers, 2, heads, fine_rows, dim/2]; a device array is copied to the host when
-        it is asked for or when `settle` is called, so that nothing waits here.
-
-        Returns:
-          Uids whose planes had to go: the oldest ones, or this one if it alone is over budget.
+    def put(self, uid: int, planes: jax.Array | np.ndarray) -> None:
+        """Keeps u8[layers, 2, heads, fine_rows, dim/2]. The copy of a device array to the host only
+        begins here; `settle` ends it.
+        When there is no room, the oldest planes go; planes that are over budget alone are not
+        kept. `dropped` counts both.
         """
         if planes.nbytes > self.budget_bytes:
             self.dropped += 1
-            return [uid]
-        gone = []
+            return
         while self.used_bytes + planes.nbytes > self.budget_bytes:
-            oldest, old = self._planes.popitem(last=False)
+            _, old = self._planes.popitem(last=False)
             self.used_bytes -= old.nbytes
             self.dropped += 1
-            gone.append(oldest)
         if isinstance(planes, jax.Array):
             planes.copy_to_host_async()
+            self._arriving.append(uid)
         self._planes[uid] = planes
         self.used_bytes += planes.nbytes
-        return gone
 
     def take(self, uid: int) -> np.ndarray:
         """Removes and returns the planes of a page; KeyError if they are not here."""
@@ -57,6 +55,8 @@ class HostTier:
             self.used_bytes -= self._planes.pop(uid).nbytes
 
     def settle(self) -> None:
-        """Moves what is still on the device to the host: its device memory is freed."""
-        for uid, planes in self._planes.items():
-            self._planes[uid] = np.asarray(planes)
+        """Ends the copies that `put` began: what they took on the device is freed."""
+        for uid in self._arriving:
+            if uid in self._planes:
+                self._planes[uid] = np.asarray(self._planes[uid])
+        self._arriving.clear()

@@ -32,7 +32,6 @@ class KVCacheManager:
         table = manager.table([seq, ...])
         cache, ... = model_step(cache, table, slots)  # append, attend
 
-    `advance` is `commit`, `plan` and `apply_plan`, for loops that would rather do it themselves.
     Every method does all that it says, or raises and changes nothing.
     """
 
@@ -187,17 +186,13 @@ class KVCacheManager:
     # Steps
 
     def advance(self, cache: PagedCache) -> PagedCache:
-        """Confirms the last plan and applies the next one, if anything is due; `cache` is donated.
+        """Plans, applies and confirms until nothing is due; `cache` is donated.
 
-        A seal is confirmed one call later: reading its outcome then waits for nothing that is
-        still running, but its raw page stays taken for a step.
+        What is due depends on the sequences' lengths alone, so that a sequence's pages are sealed
+        at the same point of its life whoever else is there. Reading whether seals succeeded waits
+        for the device, in steps in which pages were sealed; loops that must never wait use `plan`,
+        `apply_plan` and a later `commit`.
         """
-        self.commit(cache)
-        plan = self.plan(cache)
-        return cache if plan is None else _apply_plan(cache, plan)
-
-    def settle(self, cache: PagedCache) -> PagedCache:
-        """Like `advance`, repeated until nothing is due and everything is confirmed."""
         self.commit(cache)
         while (plan := self.plan(cache)) is not None:
             cache = _apply_plan(cache, plan)
@@ -217,6 +212,7 @@ class KVCacheManager:
         """
         if self._pending:
             raise RuntimeError("plan: expected the last plan to be confirmed by commit()")
+        self.host.settle()
         draft = Draft()
         draft.copies = [self._copies.pop(0) for _ in range(min(len(self._copies), ENTRIES))]
         while self._asked and len(draft.tables) < ENTRIES and len(draft.uploads) < UPLOADS:

@@ -87,7 +87,5 @@ def pools_for_tokens(
 
 
 def _raw_pages(layout: CacheLayout, config: CompressionConfig, step_tokens: int) -> int:
-    """Raw pages of one sequence: its window, an unfinished page, a step's tokens, and the pages
-    whose seal is not confirmed yet, as many as a step can fill."""
-    step = -(-step_tokens // layout.page_size)
-    return -(-config.window_tokens // layout.page_size) + 2 * step + 1
+    """Raw pages of one sequence: its window, an unfinished page, and a step's tokens."""
+    return -(-(config.window_tokens + step_tokens) // layout.page_size) + 1

@@ -55,7 +55,7 @@ class Engine:
         with `runner.manager.free`."""
         sequence = self.runner.manager.add()
         self.runner.extend(sequence, tokens)
-        self.runner.settle()
+        self.runner.advance()
         return sequence
 
     def submit(
@@ -168,10 +168,6 @@ class Engine:
 
     def _make_room(self, error: OutOfPagesError) -> None:
         runner = self.runner
-        free = runner.manager.raw.free
-        runner.settle()  # seals that wait for their confirmation hold raw pages
-        if runner.manager.raw.free > free:
-            return
         youngest = self.running[-1]
         if len(self.running) == 1:
             self._finish(youngest, "out_of_pages")

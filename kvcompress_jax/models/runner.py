@@ -146,12 +146,8 @@ class Runner:
         self.track_mass = config.compresses and config.levels == 3 and config.seal_level == 1
 
     def advance(self) -> None:
-        """Applies what the manager has due; call it once before every `forward`."""
+        """Applies what the manager has due; call it before every `forward`."""
         self.cache = self.manager.advance(self.cache)
-
-    def settle(self) -> None:
-        """Applies everything that is due, now."""
-        self.cache = self.manager.settle(self.cache)
 
     def forward(
         self,

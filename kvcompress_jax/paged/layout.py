@@ -23,7 +23,7 @@ import math
 
 import jax.numpy as jnp
 
-from kvcompress_jax.importance import ImportanceWeights
+from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceWeights
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -56,7 +56,7 @@ class CacheLayout:
     fine_rows: int = 32
     sink_tokens: int = 4
     weights: ImportanceWeights = ImportanceWeights()
-    magnitude: str = "quantization_error"
+    magnitude: str = "output_error"
     attention: str = "mean"
 
     def __post_init__(self) -> None:
@@ -78,6 +78,12 @@ class CacheLayout:
                 f"sink_tokens: expected 0 to {self.page_size - 1} (page_size - 1),"
                 f" got {self.sink_tokens}"
             )
+
+        for name, known in (("magnitude", MAGNITUDES), ("attention", ATTENTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}"
+                )
 
     @property
     def jax_dtype(self) -> jnp.dtype:

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.codec import Scale, decode, encode, fit_scale, pack
-from kvcompress_jax.importance import importance, rank_tokens
+from kvcompress_jax.importance import (
+    ATTENTIONS,
+    MAGNITUDES,
+    TokenStatistics,
+    importance,
+    rank_tokens,
+    token_error,
+)
 from kvcompress_jax.paged.layout import CacheLayout
 
 
@@ -30,7 +37,8 @@ def encode_page(
     layout: CacheLayout,
     keys: jax.Array,
     values: jax.Array,
-    attention: jax.Array,
+    mass: jax.Array,
+    seen: jax.Array,
     exact: jax.Array,
 ) -> PageCode:
     """Codes a full page: keys per channel over the page, values per token.
@@ -42,7 +50,8 @@ def encode_page(
       layout: of the cache.
       keys: floating [heads, page_size, dim], finite.
       values: like keys.
-      attention: f32[heads, page_size], mean attention that each token received so far.
+      mass: f32[heads, page_size], attention that each token received so far.
+      seen: f32[page_size], queries that could see it.
       exact: bool[page_size]: tokens that are kept exactly elsewhere. They take the first slots and
         do not count in the keys' scales, which they would widen most.
 
@@ -54,12 +63,9 @@ def encode_page(
     value_scale = fit_scale(values, axis=-1)
     key_base, key_fine = encode(keys, key_scale, axis=-2)
     value_base, value_fine = encode(values, value_scale, axis=-1)
-    error = token_error(
-        keys - decode(key_base, key_scale, axis=-2),
-        values - decode(value_base, value_scale, axis=-1),
-        values,
-    )
-    order = _order(layout, keys, values, error, attention, exact)
+    key_error = keys - decode(key_base, key_scale, axis=-2)
+    value_error = values - decode(value_base, value_scale, axis=-1)
+    order = _order(layout, keys, values, key_error, value_error, mass, seen, exact)
 
     def sort(x: jax.Array) -> jax.Array:  # [heads, page_size, ...]
         return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
@@ -74,35 +80,30 @@ def encode_page(
     )
 
 
-def token_error(key_error: jax.Array, value_error: jax.Array, values: jax.Array) -> jax.Array:
-    """Size of the error in the attention output that a token's code causes, per unit of attention.
-
-    The token's logit is off by about |key error| for a query of unit variance, scaled by
-    dim ** -0.5, which changes its share of the output by that factor of its value; its value is
-    off by |value error|.
-
-    Args:
-      key_error: f32[heads, tokens, dim].
-      value_error: f32[heads, tokens, dim].
-      values: f32[heads, tokens, dim].
-
-    Returns:
-      f32[heads, tokens].
-    """
-    dim = key_error.shape[-1]
-    logit = jnp.sqrt(jnp.sum(key_error**2, axis=-1) / dim)
-    return logit * jnp.linalg.norm(values, axis=-1) + jnp.linalg.norm(value_error, axis=-1)
-
-
 def _order(
     layout: CacheLayout,
     keys: jax.Array,
     values: jax.Array,
-    error: jax.Array,
-    attention: jax.Array,
+    key_error: jax.Array,
+    value_error: jax.Array,
+    mass: jax.Array,
+    seen: jax.Array,
     exact: jax.Array,
 ) -> jax.Array:
     """i32[heads, page_size]: the token of each slot, exact ones first, then by importance x error."""
-    score = importance(error.T, None, attention.T, layout.weights)
-    rank = rank_tokens(jnp.where(exact[:, None], jnp.inf, score), jnp.where(exact[:, None], 1.0, error.T))
-    return rank.T
+    keys, values, key_error, value_error = (
+        x.swapaxes(0, 1) for x in (keys, values, key_error, value_error)
+    )
+    error = token_error(key_error, value_error, values)
+    statistics = TokenStatistics(keys=keys, values=values, mass=mass.T, seen=seen, error=error)
+    counted = jnp.broadcast_to(~exact[:, None], error.shape)
+    score = importance(
+        MAGNITUDES[layout.magnitude](statistics),
+        None,
+        ATTENTIONS[layout.attention](statistics),
+        layout.weights,
+        where=counted,
+    )
+    # 0 * inf would be NaN, so the exact ones get both.
+    score, error = (jnp.where(counted, x, jnp.inf) for x in (score, error))
+    return rank_tokens(score, error).T

@@ -45,11 +45,9 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
         raw, sink = sealing.raw[i], sealing.sink[i]
         kv = cache.raw[:, raw]  # [layers, 2, heads, page_size, dim]
         finite = jnp.all(jnp.isfinite(kv))
-        seen = cache.seen[:, raw][:, None, :]
-        attention = cache.mass[:, raw] / jnp.maximum(seen, 1.0)
         exact = (token < layout.sink_tokens) & (sink >= 0)
-        code = jax.vmap(functools.partial(encode_page, layout), in_axes=(0, 0, 0, None))(
-            kv[:, 0], kv[:, 1], attention, exact
+        code = jax.vmap(functools.partial(encode_page, layout), in_axes=(0, 0, 0, 0, None))(
+            kv[:, 0], kv[:, 1], cache.mass[:, raw], cache.seen[:, raw], exact
         )
         return _store(cache, code, kv, sealing, i, finite)
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.manager import KVCacheManager, OutOfPagesError
 from kvcompress_jax.manager.page import NONE
-from kvcompress_jax.paged import PoolSizes, append, init_cache
+from kvcompress_jax.paged import PoolSizes, append, apply_plan, init_cache
 from tests.paged.batch import poison, reference_page
 
 CONFIG = CompressionConfig(
@@ -24,6 +24,7 @@ SIZES = PoolSizes(raw_pages=12, sealed_pages=9, fine_chunks=8, sink_slots=3)
 MAX_SEQUENCES = 4
 
 _append = jax.jit(append, donate_argnums=0)
+_apply = jax.jit(apply_plan, donate_argnums=0)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -80,9 +81,14 @@ class CacheMachine(RuleBasedStateMachine):
     def advance(self):
         self.cache = self.manager.advance(self.cache)
 
-    @rule()
-    def settle(self):
-        self.cache = self.manager.settle(self.cache)
+    @rule(confirm=st.booleans())
+    def plan_and_commit_later(self, confirm):
+        self.manager.commit(self.cache)
+        plan = self.manager.plan(self.cache)
+        if plan is not None:
+            self.cache = _apply(self.cache, plan)
+        if confirm:
+            self.manager.commit(self.cache)
 
     @precondition(lambda self: self.resident())
     @rule(data=st.data())
@@ -122,7 +128,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def preempt(self, data):
         sequence = self.pick(data, self.resident())
-        self.cache = self.manager.settle(self.cache)
+        self.cache = self.manager.advance(self.cache)
         self.manager.preempt(sequence, self.cache)
         self.preempted.add(sequence)
 
@@ -145,7 +151,7 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="indices: expected full pages"):
                 self.manager.evict(sequence, [index])
             return
-        self.cache = self.manager.settle(self.cache)
+        self.cache = self.manager.advance(self.cache)
         self.manager.evict(sequence, [index])
         self.evicted[sequence].add(index)
 

@@ -15,3 +15,10 @@ def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
         scores = dense_forward(model.params, model.config, jnp.asarray(tokens))
         tokens[0, i] = int(scores[0, i - 1].argmax())
     return tokens[0, len(prompt) :].tolist()
+
+
+def greedy_follows(model: Model, prompt: list[int], tokens: list[int]) -> bool:
+    """Whether `greedy` would choose these tokens, in one pass: each is the best after the others."""
+    text = jnp.asarray([prompt + tokens], jnp.int32)
+    best = dense_forward(model.params, model.config, text)[0, len(prompt) - 1 : -1].argmax(axis=-1)
+    return best.tolist() == tokens

@@ -14,6 +14,8 @@ from kvcompress_jax.models.dense import dense_forward
 from kvcompress_jax.models.load import Model
 from tests.models.files import Settings, State
 
+torch.set_num_threads(2)  # more of them wait for each other when tests run side by side
+
 TOKENS = 40  # longer than every window below
 
 _COMMON: dict[str, Any] = {
@@ -129,6 +131,24 @@ def make_hf(case: str, *, seed: int = 0) -> transformers.PreTrainedModel:
     return randomize(model, seed)
 
 
+def make_gemma3_with_vision() -> transformers.PreTrainedModel:
+    """Text and images; only the text part is ever used."""
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    text = {k: v for k, v in (_COMMON | _GEMMA3).items() if k != "attn_implementation"}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision.to_dict(), mm_tokens_per_image=4
+    )
+    config.image_token_id = 0
+    return randomize(transformers.Gemma3ForConditionalGeneration(config), seed=0)
+
+
 def randomize(model: transformers.PreTrainedModel, seed: int) -> transformers.PreTrainedModel:
     """Draws new weights: the initial ones have no biases and norms that do nothing."""
     generator = torch.Generator().manual_seed(seed)
@@ -151,7 +171,7 @@ def randomize(model: transformers.PreTrainedModel, seed: int) -> transformers.Pr
 def hf_logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
     """f32[batch, tokens, vocab]."""
     with torch.no_grad():
-        return model(torch.from_numpy(tokens).long()).logits.float().numpy()
+        return model.forward(torch.from_numpy(tokens).long()).logits.float().numpy()
 
 
 def hf_greedy(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:

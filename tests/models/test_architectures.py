@@ -8,7 +8,7 @@ import pytest
 from kvcompress_jax.models.config import Rope
 from kvcompress_jax.models.load import Model, load_model
 from tests.models.files import write_gguf
-from tests.models.greedy import greedy
+from tests.models.greedy import greedy_follows
 
 pytest.importorskip("torch", reason="the oracle is Hugging Face transformers on torch")
 pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers on torch")
@@ -76,7 +76,7 @@ def test_greedy_tokens(case, saved):
     prompt = hf.random_tokens(160, batch=1, tokens=16)[0].tolist()
     expected = hf.hf_greedy(reference, prompt, 24)
     assert len(set(expected)) > 2, "a text that repeats itself says nothing"
-    assert greedy(load_model(path), prompt, 24) == expected
+    assert greedy_follows(load_model(path), prompt, expected)
 
 
 def _changed(model: Model, **changes) -> Model:
@@ -128,3 +128,10 @@ def test_judge_refuses_without_key_biases(saved):
     layers = dataclasses.replace(model.params.layers, key_bias=0 * model.params.layers.key_bias)
     params = dataclasses.replace(model.params, layers=layers)
     assert difference(reference, dataclasses.replace(model, params=params)) > 10 * TOLERANCE
+
+
+def test_text_decoder_of_a_model_with_vision(tmp_path):
+    """Gemma 3 with vision has its text settings one level down and other tensors beside."""
+    reference = hf.make_gemma3_with_vision()
+    path = hf.save(reference, tmp_path / "model")
+    assert difference(reference, load_model(path)) <= TOLERANCE

@@ -64,10 +64,10 @@ def make_batch(
         for layer in range(layers):
             cache = _append(cache, layer, stored[0][layer], stored[1][layer], slots)
     if settle:
-        cache = manager.settle(cache)
+        cache = manager.advance(cache)
         for sequence in ids:
             manager.demote_pages(sequence, range(0, max(lengths) // config.page_size + 1, 2))
-        cache = manager.settle(cache)
+        cache = manager.advance(cache)
     return Batch(manager, cache, ids, keys, values)
 
 

@@ -1,0 +1,107 @@
+"""The specification's importance: a weighted sum of normalised scores, and its top-k."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportanceWeights:
+    """Weights of the three scores; the defaults are the specification's."""
+
+    magnitude: float = 0.4
+    learned: float = 0.4
+    attention: float = 0.2
+
+    def __post_init__(self) -> None:
+        values = dataclasses.astuple(self)
+        if not all(math.isfinite(w) and w >= 0 for w in values) or not any(values):
+            raise ValueError(
+                "weights: expected finite numbers, none negative and not all zero, got"
+                f" {dataclasses.asdict(self)}"
+            )
+
+
+def normalize(score: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+    """Min-max over tokens, per head: f32[tokens, heads] to [0, 1].
+
+    A head whose scores are all equal gets 0.5 everywhere. Tokens that `where` (bool[tokens, heads])
+    leaves out do not count and get 0.
+    """
+    if where is None:
+        where = jnp.ones(score.shape, bool)
+    lo = jnp.min(score, axis=0, keepdims=True, where=where, initial=jnp.inf)
+    hi = jnp.max(score, axis=0, keepdims=True, where=where, initial=-jnp.inf)
+    spread = hi > lo
+    # Halved first: hi - lo may overflow.
+    extent = jnp.where(spread, hi / 2 - lo / 2, 1.0)
+    return jnp.where(where, jnp.where(spread, (score / 2 - lo / 2) / extent, 0.5), 0.0)
+
+
+def importance(
+    magnitude: jax.Array,
+    learned: jax.Array | None,
+    attention: jax.Array,
+    weights: ImportanceWeights,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """`0.4 * magnitude + 0.4 * learned + 0.2 * attention`, each normalised.
+
+    The learned score predicts the attention that a token will get. Without one the best prediction
+    that needs no learning takes its place: the attention that it got so far (the persistence of
+    importance: Liu et al., 2023).
+
+    Args:
+      magnitude: f32[tokens, heads].
+      learned: f32[tokens, heads], or None.
+      attention: f32[tokens, heads].
+      weights: of the three.
+      where: bool[tokens, heads], tokens that count.
+
+    Returns:
+      f32[tokens, heads], in [0, sum of the weights].
+    """
+    got = normalize(attention, where=where)
+    predicted = got if learned is None else normalize(learned, where=where)
+    return (
+        weights.magnitude * normalize(magnitude, where=where)
+        + weights.learned * predicted
+        + weights.attention * got
+    )
+
+
+def select_top_k(importance: jax.Array, ratio: float) -> jax.Array:
+    """The most important tokens of each head.
+
+    Args:
+      importance: f32[tokens, heads].
+      ratio: share to select; at least one token is.
+
+    Returns:
+      bool[tokens, heads], max(1, round(ratio * tokens)) True per head; of equals, the first.
+
+    Raises:
+      ValueError: ratio is not in (0, 1].
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio: expected more than 0 and at most 1, got {ratio}")
+    tokens = importance.shape[0]
+    rank = jnp.argsort(jnp.argsort(-importance, axis=0, stable=True), axis=0, stable=True)
+    return rank < max(1, round(ratio * tokens))
+
+
+def rank_tokens(importance: jax.Array, error: jax.Array) -> jax.Array:
+    """Tokens in the order in which they deserve more bits: importance times the error that they
+    would suffer without.
+
+    Args:
+      importance: f32[tokens, heads].
+      error: f32[tokens, heads].
+
+    Returns:
+      i32[tokens, heads]: the best token of each head first; of equals, the earlier one.
+    """
+    return jnp.argsort(-(importance * error), axis=0, stable=True).astype(jnp.int32)
