@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceWeights
+from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceRule, ImportanceWeights
 from kvcompress_jax.paged.layout import PAGE_SIZES, CacheLayout
 
 
@@ -182,11 +182,18 @@ class CompressionConfig:
     @property
     def fine_rows(self) -> int:
         """Tokens of a page, per head, that have 8 bits at level 1."""
-        if not self.compresses:
-            return 0
-        if self.levels == 2:
-            return self.page_size
-        return max(1, round(self.ratio * self.page_size))
+        return self.refined_tokens(self.page_size) if self.compresses else 0
+
+    @property
+    def importance(self) -> ImportanceRule:
+        """How the tokens of a page are ordered."""
+        return ImportanceRule(
+            weights=self.weights, magnitude=self.magnitude, attention=self.attention
+        )
+
+    def refined_tokens(self, tokens: int) -> int:
+        """How many of `tokens` have 8 bits at level 1: the most important ones."""
+        return tokens if self.levels == 2 else max(1, round(self.ratio * tokens))
 
     def layout(
         self, *, layers: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16"
@@ -200,9 +207,7 @@ class CompressionConfig:
             dtype=dtype,
             fine_rows=self.fine_rows,
             sink_tokens=self.sink_tokens if self.compresses else 0,
-            weights=self.weights,
-            magnitude=self.magnitude,
-            attention=self.attention,
+            importance=self.importance,
         )
 
 

@@ -9,7 +9,7 @@ class NonFiniteError(ValueError):
     """Keys or values hold an infinity or a NaN, and so have no code."""
 
 
-def check_finite(name: str, pages: jax.Array, *, layer: int) -> None:
+def check_finite(name: str, pages: jax.Array, *, layer: int, first_page: int = 0) -> None:
     """Raises for the first page and head with a value that is not finite.
 
     Reads the array on the host, so it is for use outside `jit`; inside, a page that is not
@@ -19,6 +19,7 @@ def check_finite(name: str, pages: jax.Array, *, layer: int) -> None:
       name: "keys" or "values", for the message.
       pages: floating [pages, heads, tokens, dim].
       layer: for the message.
+      first_page: number of the first page, for the message.
 
     Raises:
       NonFiniteError: names layer, head and page and counts the bad values.
@@ -28,5 +29,5 @@ def check_finite(name: str, pages: jax.Array, *, layer: int) -> None:
         page, head = (int(i) for i in np.argwhere(bad)[0])
         raise NonFiniteError(
             f"{name}: expected finite values, got {int(bad[page, head])} that are not"
-            f" in layer {layer}, head {head}, page {page}"
+            f" in layer {layer}, head {head}, page {first_page + page}"
         )

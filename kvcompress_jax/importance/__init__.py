@@ -1,6 +1,7 @@
 """Which tokens matter: scores, their mix, and the order in which tokens get bits."""
 
 from kvcompress_jax.importance.combine import (
+    ImportanceRule,
     ImportanceWeights,
     importance,
     normalize,
@@ -18,6 +19,7 @@ from kvcompress_jax.importance.scores import (
 __all__ = [
     "ATTENTIONS",
     "MAGNITUDES",
+    "ImportanceRule",
     "ImportanceWeights",
     "Score",
     "TokenStatistics",

@@ -6,6 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kvcompress_jax.importance.scores import ATTENTIONS, MAGNITUDES, TokenStatistics
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportanceWeights:
@@ -22,6 +24,40 @@ class ImportanceWeights:
                 "weights: expected finite numbers, none negative and not all zero, got"
                 f" {dataclasses.asdict(self)}"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportanceRule:
+    """How the importance of the tokens of a page is found. Hashable.
+
+    Attributes:
+      weights: of the three scores.
+      magnitude: name of the magnitude score, of `MAGNITUDES`.
+      attention: name of the attention score, of `ATTENTIONS`.
+    """
+
+    weights: ImportanceWeights = ImportanceWeights()
+    magnitude: str = "output_error"
+    attention: str = "mean"
+
+    def __post_init__(self) -> None:
+        for name, known in (("magnitude", MAGNITUDES), ("attention", ATTENTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}"
+                )
+
+    def __call__(
+        self, statistics: TokenStatistics, *, where: jax.Array | None = None
+    ) -> jax.Array:
+        """f32[tokens, heads]; tokens that `where` (bool[tokens, heads]) leaves out do not count."""
+        return importance(
+            MAGNITUDES[self.magnitude](statistics),
+            None,
+            ATTENTIONS[self.attention](statistics),
+            self.weights,
+            where=where,
+        )
 
 
 def normalize(score: jax.Array, *, where: jax.Array | None = None) -> jax.Array:

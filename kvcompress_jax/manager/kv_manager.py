@@ -1,10 +1,12 @@
 """The paged KV manager: sequences, pages, levels. Plain Python; keys and values never pass it."""
 
+import logging
 from collections.abc import Sequence as ListOf
 
 import jax
 import numpy as np
 
+from kvcompress_jax.codec import NonFiniteError, check_finite
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.manager import levels, stats, swap
 from kvcompress_jax.manager.counters import Counters
@@ -17,6 +19,8 @@ from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
 from kvcompress_jax.paged.plan import Plan, apply_plan
 from kvcompress_jax.paged.table import PageTable
+
+logger = logging.getLogger(__name__)
 
 _apply_plan = jax.jit(apply_plan, donate_argnums=0)
 _fine_planes = jax.jit(lambda cache, chunks: cache.fine[chunks])
@@ -252,6 +256,7 @@ class KVCacheManager:
                 self._return_code(page)
                 page.unsealable = True
                 self.counters.rejected += 1
+                logger.warning("page stays at level 0: %s", _what_is_not_finite(cache, page))
         for owner in set().union(*(p.owners for p in pending)):
             if self.sequences[owner].row != NONE:
                 self._tables.refresh(self.sequences[owner])
@@ -491,3 +496,14 @@ class KVCacheManager:
         draft.tables[page.sealed] = page.chunks
         self.counters.promotions += 1
         return True
+
+
+def _what_is_not_finite(cache: PagedCache, page: Page) -> str:
+    """Names layer, head and page of the first value that is not finite."""
+    for layer, kv in enumerate(cache.raw[:, page.raw]):
+        for name, x in (("keys", kv[0]), ("values", kv[1])):
+            try:
+                check_finite(name, x[None], layer=layer, first_page=page.index)
+            except NonFiniteError as e:
+                return str(e)
+    return f"page {page.index}: all values are finite now"

@@ -23,7 +23,7 @@ import math
 
 import jax.numpy as jnp
 
-from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceWeights
+from kvcompress_jax.importance import ImportanceRule
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -43,9 +43,7 @@ class CacheLayout:
       dtype: of level 0: bfloat16, float16 or float32.
       fine_rows: tokens of a page, per head, that a fine chunk refines; 0 = no level 1.
       sink_tokens: first tokens of a sequence that stay exact; 0 = none.
-      weights: of the importance that orders the tokens of a page.
-      magnitude: name of the magnitude score (`kvcompress_jax.importance.MAGNITUDES`).
-      attention: name of the attention score (`kvcompress_jax.importance.ATTENTIONS`).
+      importance: how the tokens of a page are ordered.
     """
 
     layers: int
@@ -55,9 +53,7 @@ class CacheLayout:
     dtype: str = "bfloat16"
     fine_rows: int = 32
     sink_tokens: int = 4
-    weights: ImportanceWeights = ImportanceWeights()
-    magnitude: str = "output_error"
-    attention: str = "mean"
+    importance: ImportanceRule = ImportanceRule()
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim"):
@@ -78,12 +74,6 @@ class CacheLayout:
                 f"sink_tokens: expected 0 to {self.page_size - 1} (page_size - 1),"
                 f" got {self.sink_tokens}"
             )
-
-        for name, known in (("magnitude", MAGNITUDES), ("attention", ATTENTIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}"
-                )
 
     @property
     def jax_dtype(self) -> jnp.dtype:

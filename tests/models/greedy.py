@@ -18,7 +18,7 @@ def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
 
 
 def greedy_follows(model: Model, prompt: list[int], tokens: list[int]) -> bool:
-    """Whether `greedy` would choose these tokens, in one pass: each is the best after the others."""
+    """Whether `greedy` would choose these tokens, in one pass: each best after the others."""
     text = jnp.asarray([prompt + tokens], jnp.int32)
     best = dense_forward(model.params, model.config, text)[0, len(prompt) - 1 : -1].argmax(axis=-1)
     return best.tolist() == tokens

@@ -1,18 +1,27 @@
-"""Random models of Hugging Face transformers: the oracle. Importing this needs torch."""
+"""Random models of Hugging Face transformers, the oracle; importing it skips without them."""
 
 import copy
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
+import pytest
 
 from kvcompress_jax.models.dense import dense_forward
 from kvcompress_jax.models.load import Model
 from tests.models.files import Settings, State
+from tests.models.smollm2 import smollm2_file
+
+_REASON = "the oracle is Hugging Face transformers on torch"
+torch = pytest.importorskip("torch", reason=_REASON)
+transformers = pytest.importorskip("transformers", reason=_REASON)
+# Transformers asks once whether a package `kernels` is installed, and would find our folder.
+sys.modules["kernels"] = None  # type: ignore[assignment]
+transformers.utils.import_utils.is_kernels_available()
+del sys.modules["kernels"]
 
 torch.set_num_threads(2)  # more of them wait for each other when tests run side by side
 
@@ -119,7 +128,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_hf(case: str, *, seed: int = 0) -> transformers.PreTrainedModel:
+def make_hf(case: str, *, seed: int = 0) -> "transformers.PreTrainedModel":
     """A model with random weights of a size that gives logits of about 1, and large key biases."""
     family, settings = CASES[case]
     settings = _COMMON | copy.deepcopy(settings)
@@ -131,7 +140,7 @@ def make_hf(case: str, *, seed: int = 0) -> transformers.PreTrainedModel:
     return randomize(model, seed)
 
 
-def make_gemma3_with_vision() -> transformers.PreTrainedModel:
+def make_gemma3_with_vision() -> "transformers.PreTrainedModel":
     """Text and images; only the text part is ever used."""
     vision = transformers.SiglipVisionConfig(
         hidden_size=32,
@@ -149,7 +158,7 @@ def make_gemma3_with_vision() -> transformers.PreTrainedModel:
     return randomize(transformers.Gemma3ForConditionalGeneration(config), seed=0)
 
 
-def randomize(model: transformers.PreTrainedModel, seed: int) -> transformers.PreTrainedModel:
+def randomize(model: "transformers.PreTrainedModel", seed: int) -> "transformers.PreTrainedModel":
     """Draws new weights: the initial ones have no biases and norms that do nothing."""
     generator = torch.Generator().manual_seed(seed)
     offset = 0.0 if "Gemma3" in type(model).__name__ else 1.0  # Gemma's norms add 1 themselves
@@ -168,13 +177,13 @@ def randomize(model: transformers.PreTrainedModel, seed: int) -> transformers.Pr
     return model.float().eval()
 
 
-def hf_logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+def hf_logits(model: "transformers.PreTrainedModel", tokens: np.ndarray) -> np.ndarray:
     """f32[batch, tokens, vocab]."""
     with torch.no_grad():
         return model.forward(torch.from_numpy(tokens).long()).logits.float().numpy()
 
 
-def hf_greedy(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+def hf_greedy(model: "transformers.PreTrainedModel", prompt: list[int], count: int) -> list[int]:
     """The next tokens, and no early end."""
     out = model.generate(
         torch.tensor([prompt]),
@@ -196,13 +205,31 @@ def random_tokens(vocab_size: int, *, batch: int = 2, tokens: int = TOKENS) -> n
     return np.random.default_rng(7).integers(3, vocab_size, (batch, tokens), dtype=np.int32)
 
 
-def save(model: transformers.PreTrainedModel, path: Path) -> Path:
+def load_smollm2() -> "transformers.PreTrainedModel":
+    """The file as `transformers` reads it: its own names, dequantisation and permutation.
+
+    `from_pretrained(gguf_file=...)` does the same, but wants one more package.
+    """
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    file = smollm2_file()
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with torch.device("meta"):
+        names = transformers.LlamaForCausalLM(config)
+    state = load_gguf_checkpoint(file, return_tensors=True, model_to_load=names)["tensors"]
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return transformers.LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def save(model: "transformers.PreTrainedModel", path: Path) -> Path:
     """Writes a directory."""
     model.save_pretrained(path)
     return path
 
 
-def contents(model: transformers.PreTrainedModel) -> tuple[Settings, State]:
+def contents(model: "transformers.PreTrainedModel") -> tuple[Settings, State]:
     """Settings and weights, for `write_gguf`."""
     settings = model.config.to_dict()
     settings["head_dim"] = settings.get("head_dim") or (

@@ -7,13 +7,10 @@ import pytest
 
 from kvcompress_jax.models.config import Rope
 from kvcompress_jax.models.load import Model, load_model
+from tests.models import hf
 from tests.models.files import write_gguf
 from tests.models.greedy import greedy_follows
 
-pytest.importorskip("torch", reason="the oracle is Hugging Face transformers on torch")
-pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers on torch")
-
-from tests.models import hf
 
 # Logits are of order 1 and sums have at most 512 terms over at most 7 layers: float32 rounding
 # stays below 1e-5; the contract allows 1e-3.

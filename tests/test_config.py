@@ -1,0 +1,128 @@
+"""Configuration: from code, from the environment, from a file; every mistake is named."""
+
+import dataclasses
+
+import pytest
+
+from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
+from kvcompress_jax.importance import ImportanceWeights
+
+
+def test_defaults_are_the_specifications():
+    config = CompressionConfig.from_env({})
+    assert config == CompressionConfig() == CompressionConfig.recipe("balanced")
+    assert (config.enabled, config.ratio, config.levels) == (True, 0.5, 3)
+    assert config.weights == ImportanceWeights(magnitude=0.4, learned=0.4, attention=0.2)
+
+
+def test_the_owners_variables():
+    environ = {
+        "VLLM_ENABLE_KV_COMPRESSION": "0",
+        "VLLM_KV_COMPRESSION_RATIO": "0.25",
+        "VLLM_KV_COMPRESSION_LEVELS": "2",
+        "PATH": "/bin",
+    }
+    config = CompressionConfig.from_env(environ)
+    assert (config.enabled, config.ratio, config.levels) == (False, 0.25, 2)
+    assert not config.compresses and config.fine_rows == 0
+
+
+def test_explicit_arguments_win_over_the_environment():
+    environ = {"VLLM_KV_COMPRESSION_RATIO": "0.25", "KVCOMPRESS_RECIPE": "compact"}
+    config = CompressionConfig.from_env(environ, overrides={"ratio": 0.75})
+    assert config.ratio == 0.75 and config.seal_level == 2
+
+
+def test_two_levels_have_nothing_below_int8():
+    config = CompressionConfig.from_env({"VLLM_KV_COMPRESSION_LEVELS": "2"})
+    assert config.fine_rows == config.page_size
+    compact = {"KVCOMPRESS_RECIPE": "compact", "VLLM_KV_COMPRESSION_LEVELS": "2"}
+    assert CompressionConfig.from_env(compact).seal_level == 1
+    assert CompressionConfig.from_env({"VLLM_KV_COMPRESSION_LEVELS": "1"}).compresses is False
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_fine_rows(ratio, page_size):
+    rows = CompressionConfig(ratio=ratio, page_size=page_size).fine_rows
+    assert rows == max(1, round(ratio * page_size))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("VLLM_KV_COMPRESSION_RATIO", "1.5", "expected more than 0 and at most 1, got 1.5"),
+        ("VLLM_KV_COMPRESSION_RATIO", "nan", "expected more than 0 and at most 1, got nan"),
+        ("VLLM_KV_COMPRESSION_RATIO", "half", "expected a number, got 'half'"),
+        ("VLLM_KV_COMPRESSION_LEVELS", "9", "expected 1, 2 or 3, got 9"),
+        ("VLLM_KV_COMPRESSION_LEVELS", "2.5", "expected a whole number, got '2.5'"),
+        ("VLLM_ENABLE_KV_COMPRESSION", "maybe", "expected 0 or 1, got 'maybe'"),
+        ("KVCOMPRESS_PAGE_SIZE", "48", r"expected one of \(16, 32, 64, 128, 256\), got 48"),
+        ("KVCOMPRESS_RECIPE", "best", "expected one of safe, balanced, compact, extreme, got 'best'"),
+        ("KVCOMPRESS_PAGESIZE", "64", "no such variable, expected one of"),
+        ("KVCOMPRESS_SINK_TOKENS", "64", r"expected 0 to 63 \(page_size - 1\), got 64"),
+        ("KVCOMPRESS_WINDOW_TOKENS", "-1", "expected at least 0, got -1"),
+        ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "1", "expected None, or at least window_tokens=64"),
+    ],
+)
+def test_errors_name_the_variable(variable, value, message):
+    with pytest.raises(ConfigError, match=f"^{variable}: {message}"):
+        CompressionConfig.from_env({variable: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 0.0}, "ratio: expected more than 0 and at most 1, got 0.0"),
+        ({"seal_level": 0}, "seal_level: expected 1 or 2, got 0"),
+        ({"levels": 2, "seal_level": 2}, "seal_level: expected a level below levels=2, got 2"),
+        ({"heat_decay": 1.0}, "heat_decay: expected more than 0, less than 1, got 1.0"),
+        ({"promote_heat": 0.5}, "promote_heat: expected at least 1, got 0.5"),
+        ({"magnitude": "size"}, "magnitude: expected .*'specification'.*, got size"),
+        ({"host_bytes": -1}, "host_bytes: expected at least 0, got -1"),
+    ],
+)
+def test_errors_name_the_field(change, message):
+    with pytest.raises(ConfigError, match=message):
+        CompressionConfig(**change)
+
+
+def test_toml(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        'recipe = "compact"\npage_size = 128\nfloor_layers = [0, -1]\nratio = 1\n'
+        "[weights]\nmagnitude = 0.2\nlearned = 0.0\nattention = 0.8\n"
+    )
+    config = CompressionConfig.from_toml(path)
+    assert config == dataclasses.replace(
+        RECIPES["compact"],
+        page_size=128,
+        floor_layers=(0, -1),
+        ratio=1,
+        weights=ImportanceWeights(magnitude=0.2, learned=0.0, attention=0.8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("page_size = 48", r"page_size: expected one of \(16"),
+        ('page_size = "64"', "page_size: expected int, got '64'"),
+        ("pages = 64", "pages: no such field, expected one of"),
+        ("page_size = ", "expected a TOML file, got: "),
+        ('recipe = "best"', "recipe: expected one of safe"),
+        ("weights = 3", "weights: expected a table with"),
+        ("[weights]\nmagnitude = -1.0", "weights: expected finite numbers"),
+        ("enabled = 1", "enabled: expected bool, got 1"),
+    ],
+)
+def test_toml_errors(tmp_path, text, message):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        CompressionConfig.from_toml(path)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.toml: expected a TOML file, got: "):
+        CompressionConfig.from_toml(tmp_path / "nowhere.toml")
