@@ -164,7 +164,7 @@ def _demo(args: argparse.Namespace) -> None:
         model = load_model(args.model)
         progress("loading the model", 1.0)
         shown = demo.demonstrate(model, text, config, kv_dtype=args.kv_dtype, progress=progress)
-    show_demonstration(console, shown, model.tokenizer)
+    show_demonstration(console, shown)
     plot_accuracy(
         args.plot,
         shown.recipes,

@@ -5,6 +5,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceRule, ImportanceWeights
 from kvcompress_jax.paged.layout import PAGE_SIZES, CacheLayout
@@ -104,7 +105,7 @@ class CompressionConfig:
         cls,
         environ: Mapping[str, str] = os.environ,
         *,
-        overrides: Mapping[str, object] | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ) -> "CompressionConfig":
         """The configuration that the environment asks for.
 
@@ -158,19 +159,19 @@ class CompressionConfig:
         config = cls.recipe(str(values.pop("recipe", "balanced")))
         if "weights" in values:
             config = dataclasses.replace(config, weights=_weights(path, values.pop("weights")))
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = [f.name for f in dataclasses.fields(cls)]
+        changes: dict[str, Any] = {}
         for name, value in values.items():
             if name not in fields:
-                raise ConfigError(f"{path}: {name}: no such field, expected one of {list(fields)}")
+                raise ConfigError(f"{path}: {name}: no such field, expected one of {fields}")
+            changes[name] = tuple(value) if isinstance(value, list) else value
             default = getattr(RECIPES["balanced"], name)
-            value = tuple(value) if isinstance(value, list) else value
             expected = int if default is None else type(default)
-            if type(value) is not expected and not (expected is float and type(value) is int):
+            got = type(changes[name])
+            if got is not expected and not (expected is float and got is int):
                 raise ConfigError(f"{path}: {name}: expected {expected.__name__}, got {value!r}")
         try:
-            return dataclasses.replace(
-                config, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            )
+            return dataclasses.replace(config, **changes)
         except ValueError as e:
             raise ConfigError(f"{path}: {e}") from None
 
@@ -217,7 +218,7 @@ def _check(condition: bool, name: str, expected: object, got: object) -> None:
 
 
 def _with_field(config: CompressionConfig, field: str, value: object) -> CompressionConfig:
-    changes = {field: value}
+    changes: dict[str, Any] = {field: value}
     if field == "levels" and value != 3:  # what only three levels can do gives way
         changes |= {"seal_level": 1, "demote_after_tokens": None}
     return dataclasses.replace(config, **changes)

@@ -24,13 +24,15 @@ def test_the_owners_variables():
     }
     config = CompressionConfig.from_env(environ)
     assert (config.enabled, config.ratio, config.levels) == (False, 0.25, 2)
-    assert not config.compresses and config.fine_rows == 0
+    assert not config.compresses
+    assert config.fine_rows == 0
 
 
 def test_explicit_arguments_win_over_the_environment():
     environ = {"VLLM_KV_COMPRESSION_RATIO": "0.25", "KVCOMPRESS_RECIPE": "compact"}
     config = CompressionConfig.from_env(environ, overrides={"ratio": 0.75})
-    assert config.ratio == 0.75 and config.seal_level == 2
+    assert config.ratio == 0.75
+    assert config.seal_level == 2
 
 
 def test_two_levels_have_nothing_below_int8():
@@ -58,7 +60,11 @@ def test_fine_rows(ratio, page_size):
         ("VLLM_KV_COMPRESSION_LEVELS", "2.5", "expected a whole number, got '2.5'"),
         ("VLLM_ENABLE_KV_COMPRESSION", "maybe", "expected 0 or 1, got 'maybe'"),
         ("KVCOMPRESS_PAGE_SIZE", "48", r"expected one of \(16, 32, 64, 128, 256\), got 48"),
-        ("KVCOMPRESS_RECIPE", "best", "expected one of safe, balanced, compact, extreme, got 'best'"),
+        (
+            "KVCOMPRESS_RECIPE",
+            "best",
+            "expected one of safe, balanced, compact, extreme, got 'best'",
+        ),
         ("KVCOMPRESS_PAGESIZE", "64", "no such variable, expected one of"),
         ("KVCOMPRESS_SINK_TOKENS", "64", r"expected 0 to 63 \(page_size - 1\), got 64"),
         ("KVCOMPRESS_WINDOW_TOKENS", "-1", "expected at least 0, got -1"),
@@ -124,5 +130,5 @@ def test_toml_errors(tmp_path, text, message):
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere.toml: expected a TOML file, got: "):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: expected a TOML file, got: "):
         CompressionConfig.from_toml(tmp_path / "nowhere.toml")

@@ -15,9 +15,7 @@ def pack(codes: jax.Array) -> jax.Array:
       ValueError: dim is odd, or the dtype is not uint8.
     """
     if codes.dtype != jnp.uint8 or codes.ndim < 1 or codes.shape[-1] % 2:
-        raise ValueError(
-            f"codes: expected uint8[..., even], got {codes.dtype}{list(codes.shape)}"
-        )
+        raise ValueError(f"codes: expected uint8[..., even], got {codes.dtype}{list(codes.shape)}")
     low, high = jnp.split(codes, 2, axis=-1)
     return low | (high << jnp.uint8(4))
 

@@ -65,4 +65,6 @@ def _round_up_to_bfloat16(x: jax.Array) -> jax.Array:
     """The smallest bfloat16 >= x, as f32, for positive finite x. Rounding down would put the
     top end of the range out of reach."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return lax.bitcast_convert_type((bits + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return lax.bitcast_convert_type(
+        (bits + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.float32
+    )

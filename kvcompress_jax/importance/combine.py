@@ -47,9 +47,7 @@ class ImportanceRule:
                     f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}"
                 )
 
-    def __call__(
-        self, statistics: TokenStatistics, *, where: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, statistics: TokenStatistics, *, where: jax.Array | None = None) -> jax.Array:
         """f32[tokens, heads]; tokens that `where` (bool[tokens, heads]) leaves out do not count."""
         return importance(
             MAGNITUDES[self.magnitude](statistics),

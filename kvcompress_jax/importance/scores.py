@@ -75,7 +75,7 @@ def value_norm(s: TokenStatistics) -> jax.Array:
 
 
 def specification(s: TokenStatistics) -> jax.Array:
-    """"Tokens with larger norms", literally: the norm of key and value together."""
+    """ "Tokens with larger norms", literally: the norm of key and value together."""
     return jnp.sqrt(key_norm(s) ** 2 + value_norm(s) ** 2)
 
 

@@ -1,6 +1,7 @@
 """How far a compressed cache is from the uncompressed one: attention outputs, keys, values."""
 
 import functools
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,9 @@ def attention_output_error(
     return float(jnp.mean(errors))
 
 
+_State: TypeAlias = tuple[PagedCache, PagedCache, jax.Array]
+
+
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
 def _compare_layers(
     params: DecoderParams,
@@ -54,18 +58,16 @@ def _compare_layers(
     *,
     config: DecoderConfig,
 ) -> tuple[jax.Array, PagedCache, PagedCache]:
-    State = tuple[PagedCache, PagedCache, jax.Array]
-
     def attention(
-        q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, window: jax.Array, state: State
-    ) -> tuple[jax.Array, State]:
-        *caches, errors = state
-        outs = []
-        for i, table in enumerate(tables):
-            caches[i] = append(caches[i], layer, k, v, slots[i])
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, window: jax.Array, state: _State
+    ) -> tuple[jax.Array, _State]:
+        first, second, errors = state
+        grown, outs = [], []
+        for cache, table, own_slots in zip((first, second), tables, slots, strict=True):
+            grown.append(append(cache, layer, k, v, own_slots))
             out, _, _ = attend(
                 q[None],
-                caches[i],
+                grown[-1],
                 layer,
                 table,
                 scale=config.query_scale,
@@ -74,11 +76,11 @@ def _compare_layers(
             )
             outs.append(out[0].astype(jnp.float32))
         error = jnp.linalg.norm(outs[1] - outs[0]) / jnp.linalg.norm(outs[0])
-        return outs[0].astype(q.dtype), (*caches, errors.at[layer].set(error))
+        return outs[0].astype(q.dtype), (grown[0], grown[1], errors.at[layer].set(error))
 
     errors = jnp.zeros((config.num_layers,), jnp.float32)
     _, (first, second, errors) = decode(
-        params, config, tokens, positions, attention, (*caches, errors)
+        params, config, tokens, positions, attention, (caches[0], caches[1], errors)
     )
     return errors, first, second
 

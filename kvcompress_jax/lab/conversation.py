@@ -8,6 +8,7 @@ import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.lab.retrieval import Facts
+from kvcompress_jax.manager.stats import CompressionStats
 from kvcompress_jax.models.engine import Engine
 from kvcompress_jax.models.load import Model
 from kvcompress_jax.models.runner import make_runner
@@ -42,7 +43,7 @@ class Conversation:
     answers: tuple[tuple[int, ...], ...]
     recalled: tuple[bool, ...]
     history: tuple[Levels, ...]
-    stats: dict[str, object]
+    stats: CompressionStats
     tokens_per_gib: float
     seconds: float
     generated_tokens: int
@@ -86,7 +87,14 @@ def converse(
 
     def note() -> None:
         stats = manager.get_compression_stats()
-        history.append(Levels(stats["tokens"], *(stats[f"pages_level_{i}"] for i in range(3))))
+        history.append(
+            Levels(
+                tokens=stats["tokens"],
+                level_0=stats["pages_level_0"],
+                level_1=stats["pages_level_1"],
+                level_2=stats["pages_level_2"],
+            )
+        )
         progress(min(len(history) / work, 1.0))
 
     text = manager.add()

@@ -1,4 +1,4 @@
-"""The main job, shown: a real model answers from a compressed cache, beside the uncompressed one."""
+"""The main job, shown: a model answers from a compressed cache, beside the uncompressed one."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from kvcompress_jax.lab.evaluate import Evaluation, Evaluator
 from kvcompress_jax.lab.retrieval import plant_facts
 from kvcompress_jax.lab.texts import TextError
 from kvcompress_jax.models.load import Model
+from kvcompress_jax.models.tokenizer import Tokenizer
 
 FACTS = 6
 ANSWER_TOKENS = 32
@@ -28,6 +29,7 @@ class Demonstration:
       questions: as text; the first ones ask for planted facts.
       expected: the facts' answers, as text.
       uncompressed, compressed: the same conversation, without and with compression.
+      tokenizer: of the model, for the answers.
       recipes: evaluations of the named recipes, and of the configuration if it is none of them.
       name: of the configuration.
     """
@@ -36,6 +38,7 @@ class Demonstration:
     expected: tuple[str, ...]
     uncompressed: Conversation
     compressed: Conversation
+    tokenizer: Tokenizer
     recipes: dict[str, Evaluation]
     name: str
 
@@ -107,6 +110,7 @@ def demonstrate(
         expected=tuple(model.tokenizer.decode(a).strip() for a in facts.answers),
         uncompressed=uncompressed,
         compressed=compressed,
+        tokenizer=model.tokenizer,
         recipes=recipes,
         name=name,
     )
@@ -119,11 +123,10 @@ def config_name(config: CompressionConfig) -> str:
 
 def as_json(demonstration: Demonstration, model: Model) -> dict[str, object]:
     """What `--json` writes."""
-    decode = model.tokenizer.decode if model.tokenizer else str
 
     def conversation(c: Conversation) -> dict[str, object]:
         return {
-            "answers": [decode(list(a)) for a in c.answers],
+            "answers": [demonstration.tokenizer.decode(a) for a in c.answers],
             "facts_recalled": sum(c.recalled),
             "facts_asked": len(c.recalled),
             "tokens_per_gib": c.tokens_per_gib,

@@ -125,9 +125,7 @@ class Evaluator:
         error = self._attention_error(runner, sequence)
         self.progress("continuation")
         logits = self._continue(runner, sequence)
-        found = divergence(
-            self.logits[:-1], logits[:-1], np.array(self.continuation[1:], np.int32)
-        )
+        found = divergence(self.logits[:-1], logits[:-1], np.array(self.continuation[1:], np.int32))
         self.progress("retrieval")
         recalled = self._recall(config)
         self.progress("timing")
@@ -136,7 +134,7 @@ class Evaluator:
             times = time_pages(runner.layout, level=config.seal_level)
         return Evaluation(
             effective_bits=stats["effective_bits"] or float(8 * runner.layout.jax_dtype.itemsize),
-            cache_bits=stats["cache_bits"],
+            cache_bits=stats["cache_bits"] or math.nan,
             memory_saved_fraction=1 - stats["allocated_bytes"] / stats["uncompressed_bytes"],
             allocated_bytes=stats["allocated_bytes"],
             uncompressed_bytes=stats["uncompressed_bytes"],

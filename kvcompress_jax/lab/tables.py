@@ -9,7 +9,6 @@ from rich.table import Table
 from kvcompress_jax.lab.conversation import Conversation, Levels
 from kvcompress_jax.lab.demo import Demonstration
 from kvcompress_jax.lab.evaluate import Evaluation
-from kvcompress_jax.models.tokenizer import Tokenizer
 
 _EVALUATION_ROWS = (
     ("effective_bits", "bits per value, sealed pages", "{:.2f}"),
@@ -44,7 +43,7 @@ def show_evaluations(console: Console, evaluations: Mapping[str, Evaluation], ti
     console.print(table)
 
 
-def show_demonstration(console: Console, shown: Demonstration, tokenizer: Tokenizer) -> None:
+def show_demonstration(console: Console, shown: Demonstration) -> None:
     """Answers side by side, memory, levels over time and fidelity."""
     plain, compressed = shown.uncompressed, shown.compressed
     answers = Table(title="Answers", title_justify="left", show_lines=True)
@@ -52,8 +51,10 @@ def show_demonstration(console: Console, shown: Demonstration, tokenizer: Tokeni
     answers.add_column("uncompressed")
     answers.add_column(shown.name)
     for i, question in enumerate(shown.questions):
-        asked = f"{question}\n(planted: {shown.expected[i]})" if i < len(shown.expected) else question
-        given = (tokenizer.decode(list(c.answers[i])).strip() for c in (plain, compressed))
+        asked = (
+            f"{question}\n(planted: {shown.expected[i]})" if i < len(shown.expected) else question
+        )
+        given = (shown.tokenizer.decode(c.answers[i]).strip() for c in (plain, compressed))
         answers.add_row(*(_literal(text) for text in (asked, *given)))
     console.print(answers)
 
@@ -84,12 +85,13 @@ def _memory_rows(
         return first, second
 
     a, b = plain.stats, compressed.stats
+    ratios = a["avg_compression_ratio"], b["avg_compression_ratio"]
     same = sum(x == y for x, y in zip(plain.answers, compressed.answers, strict=True))
     return [
         ("tokens in the cache", both("{:,}", a["tokens"], b["tokens"])),
         ("bytes allocated", both("{:,}", a["allocated_bytes"], b["allocated_bytes"])),
         ("tokens per GiB", both("{:,.0f}", plain.tokens_per_gib, compressed.tokens_per_gib)),
-        ("compression ratio", both("{:.2f}", *(s["avg_compression_ratio"] for s in (a, b)))),
+        ("compression ratio", both("{:.2f}", *ratios)),
         ("bits per value, sealed pages", both("{:.2f}", a["effective_bits"], b["effective_bits"])),
         ("bits per value, whole cache", both("{:.2f}", a["cache_bits"], b["cache_bits"])),
         (

@@ -1,6 +1,7 @@
 """A plan in the making."""
 
 import dataclasses
+from collections.abc import Sized
 
 import numpy as np
 
@@ -72,5 +73,5 @@ def _padded(entries: list, width: int | None = None) -> np.ndarray:
     return out
 
 
-def _count(entries) -> np.int32:
+def _count(entries: Sized) -> np.int32:
     return np.int32(len(entries))

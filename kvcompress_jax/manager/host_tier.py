@@ -21,7 +21,7 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._planes)
 
-    def __contains__(self, uid: int) -> bool:
+    def __contains__(self, uid: object) -> bool:
         return uid in self._planes
 
     def put(self, uid: int, planes: jax.Array | np.ndarray) -> None:

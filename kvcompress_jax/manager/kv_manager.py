@@ -231,7 +231,8 @@ class KVCacheManager:
             for page in levels.aged(pages, [self._age(p) for p in pages], self.config):
                 if len(draft.tables) < ENTRIES:
                     self._demote(page, draft, cache)
-        for page in levels.hot(self.pages.values(), self.host, self.config):
+        candidates = self.pages.values() if len(self.host) else ()
+        for page in levels.hot(candidates, self.host, self.config):
             if len(draft.uploads) == UPLOADS or not self._promote(page, draft):
                 break
         for page in self._due():
@@ -355,8 +356,8 @@ class KVCacheManager:
 
     # Reports
 
-    def get_compression_stats(self) -> dict[str, object]:
-        """Figures of the moment; the keys are documented in `kvcompress_jax.manager.stats`."""
+    def get_compression_stats(self) -> stats.CompressionStats:
+        """Figures of the moment."""
         return stats.compression_stats(self)
 
     def verify(self, cache: PagedCache) -> None:

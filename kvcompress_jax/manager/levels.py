@@ -4,7 +4,7 @@ Everything here is a pure function of what the host knows; `KVCacheManager` acts
 """
 
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.manager.page import Page
@@ -46,14 +46,12 @@ def aged(pages: Collection[Page], ages: Iterable[int], config: CompressionConfig
     ]
 
 
-def hot(pages: Collection[Page], kept: Collection[int], config: CompressionConfig) -> list[Page]:
+def hot(pages: Collection[Page], kept: Container[int], config: CompressionConfig) -> list[Page]:
     """Pages at level 2 that deserve level 1 and whose fine planes are kept, hottest first.
 
     A page must be `promote_heat` times hotter than is typical of level 1: the gap to `aged`, which
     takes pages that are not hotter than typical, keeps pages from flapping.
     """
-    if not kept:
-        return []
     bar = config.promote_heat * typical_heat(pages)
     found = [p for p in pages if p.level == 2 and p.uid in kept and p.heat > bar]
     return sorted(found, key=_coldness, reverse=True)

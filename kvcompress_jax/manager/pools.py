@@ -15,9 +15,9 @@ def divide_budget(
     """Pool sizes whose arrays take at most `budget_bytes`.
 
     Every sequence gets raw pages for its window and for decoding, and a slot for its exact first
-    tokens; one at a time gets more, for the tokens of a prompt's chunk. The rest goes to sealed pages, with fine chunks for
-    all of them when pages are sealed at level 1 and for the floor layers when not. Without
-    compression everything is raw pages.
+    tokens; one at a time gets more, for the tokens of a prompt's chunk. The rest goes to sealed
+    pages, with fine chunks for all of them when pages are sealed at level 1, and for the floor
+    layers when not. Without compression everything is raw pages.
 
     Args:
       layout: of the cache.
@@ -75,7 +75,9 @@ def pools_for_tokens(
     """
     pages = -(-tokens // layout.page_size) + max_sequences
     if not config.compresses:
-        return PoolSizes(raw_pages=pages + max_sequences, sealed_pages=0, fine_chunks=0, sink_slots=0)
+        return PoolSizes(
+            raw_pages=pages + max_sequences, sealed_pages=0, fine_chunks=0, sink_slots=0
+        )
     chunks_per_page = layout.layers if config.seal_level == 1 else len(set(config.floor_layers))
     return PoolSizes(
         raw_pages=_raw_pages(layout, config, step_tokens)

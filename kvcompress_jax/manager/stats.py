@@ -1,28 +1,10 @@
-"""What the manager reports, and the check that it is true.
-
-Keys of `compression_stats`, bytes of the device unless said otherwise:
-
-    memory_saved_mb         (uncompressed_bytes - allocated_bytes) / 1e6
-    avg_compression_ratio   uncompressed_bytes / allocated_bytes; 1.0 for an empty cache
-    uncompressed_bytes      the same pages as plain keys and values of the model's dtype
-    allocated_bytes         pages, chunks and slots in use, with scales, orders, statistics, tables
-    pool_bytes              all pools, in use or not
-    host_bytes              host memory of kept fine planes and preempted sequences
-    effective_bits          stored bits per value of the sealed pages, all overheads; None without
-    cache_bits              stored bits per value of all pages in use; None for an empty cache
-    tokens                  tokens of the sequences on the device; shared ones count once
-    sequences, preempted_sequences
-    pages_level_0, pages_level_1, pages_level_2
-    seals, rejected, demotions, promotions, refusals, unrefined, evictions, forks, preemptions,
-    resumes                 see `kvcompress_jax.manager.counters.Counters`
-"""
+"""What the manager reports, and the check that it is true."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import jax
 import numpy as np
@@ -35,8 +17,38 @@ if TYPE_CHECKING:
     from kvcompress_jax.manager.kv_manager import KVCacheManager
 
 
-def compression_stats(manager: KVCacheManager) -> dict[str, object]:
-    """See the module's docstring for the keys."""
+class CompressionStats(TypedDict):
+    """Figures of the moment, and counts of what happened so far (`Counters`). Bytes are of the
+    device unless said otherwise."""
+
+    memory_saved_mb: float  # (uncompressed_bytes - allocated_bytes) / 1e6
+    avg_compression_ratio: float  # uncompressed_bytes / allocated_bytes; 1 for an empty cache
+    uncompressed_bytes: int  # the same pages as plain keys and values of the model's dtype
+    allocated_bytes: int  # in use: pages, chunks, slots, scales, orders, statistics, tables
+    pool_bytes: int  # all pools, in use or not
+    host_bytes: int  # host memory of kept fine planes and preempted sequences
+    effective_bits: float | None  # stored bits per value of the sealed pages, all overheads
+    cache_bits: float | None  # the same over all pages in use
+    tokens: int  # of the sequences on the device; shared ones count once
+    sequences: int
+    preempted_sequences: int
+    pages_level_0: int
+    pages_level_1: int
+    pages_level_2: int
+    seals: int
+    rejected: int
+    demotions: int
+    promotions: int
+    refusals: int
+    unrefined: int
+    evictions: int
+    forks: int
+    preemptions: int
+    resumes: int
+
+
+def compression_stats(manager: KVCacheManager) -> CompressionStats:
+    """The figures of a manager."""
     layout = manager.layout
     pages = [p for p in manager.pages.values() if p.raw != NONE or p.sealed != NONE]
     entries = sum(len(s.pages) for s in manager.sequences.values() if s.swapped is None)
@@ -52,27 +64,35 @@ def compression_stats(manager: KVCacheManager) -> dict[str, object]:
         sealed_pages=manager.sealed.used, fine_chunks=manager.chunks.used
     )
     swapped = [s.swapped for s in manager.sequences.values() if s.swapped is not None]
-    return {
-        "memory_saved_mb": (uncompressed - allocated) / 1e6,
-        "avg_compression_ratio": uncompressed / allocated if allocated else 1.0,
-        "uncompressed_bytes": uncompressed,
-        "allocated_bytes": allocated,
-        "pool_bytes": manager.sizes.total_bytes(layout),
-        "host_bytes": manager.host.used_bytes + sum(s.nbytes for s in swapped),
-        "effective_bits": None if math.isnan(effective) else effective,
-        "cache_bits": 8 * allocated / (len(pages) * layout.layers * layout.values_per_page)
-        if pages
-        else None,
-        "tokens": sum(_tokens(manager, p) for p in pages),
-        "sequences": len(manager.sequences) - len(swapped),
-        "preempted_sequences": len(swapped),
-        **{f"pages_level_{i}": sum(_level(p) == i for p in pages) for i in range(3)},
-        **dataclasses.asdict(manager.counters),
-    }
-
-
-def _level(page: Page) -> int:
-    return 0 if page.pending else page.level
+    levels = Counter(0 if p.pending else p.level for p in pages)
+    cached_values = len(pages) * layout.layers * layout.values_per_page
+    counts = manager.counters
+    return CompressionStats(
+        memory_saved_mb=(uncompressed - allocated) / 1e6,
+        avg_compression_ratio=uncompressed / allocated if allocated else 1.0,
+        uncompressed_bytes=uncompressed,
+        allocated_bytes=allocated,
+        pool_bytes=manager.sizes.total_bytes(layout),
+        host_bytes=manager.host.used_bytes + sum(s.nbytes for s in swapped),
+        effective_bits=None if math.isnan(effective) else effective,
+        cache_bits=8 * allocated / cached_values if pages else None,
+        tokens=sum(_tokens(manager, p) for p in pages),
+        sequences=len(manager.sequences) - len(swapped),
+        preempted_sequences=len(swapped),
+        pages_level_0=levels[0],
+        pages_level_1=levels[1],
+        pages_level_2=levels[2],
+        seals=counts.seals,
+        rejected=counts.rejected,
+        demotions=counts.demotions,
+        promotions=counts.promotions,
+        refusals=counts.refusals,
+        unrefined=counts.unrefined,
+        evictions=counts.evictions,
+        forks=counts.forks,
+        preemptions=counts.preemptions,
+        resumes=counts.resumes,
+    )
 
 
 def _tokens(manager: KVCacheManager, page: Page) -> int:
@@ -108,7 +128,11 @@ def verify(manager: KVCacheManager, cache: PagedCache) -> None:
         indices = [p.index for p in sequence.pages]
         expect(f"sequence {sequence.id}: order of pages", sorted(set(indices)), indices)
         pages_needed = -(-sequence.length // manager.layout.page_size)
-        expect(f"sequence {sequence.id}: pages past its end", [], [i for i in indices if i >= pages_needed])
+        expect(
+            f"sequence {sequence.id}: pages past its end",
+            [],
+            [i for i in indices if i >= pages_needed],
+        )
     expect("sizes of the pools", manager.sizes, cache.sizes)
     scalar = cache.rejected.nbytes
     live = sum(x.nbytes for x in jax.tree.leaves(cache)) - scalar

@@ -60,8 +60,8 @@ class Swapped:
             page.chunks = tuple(NONE if c == NONE else next(next_chunk) for c in self.chunks[k])
             page.sink = next(next_sink) if self.sinks[k] else NONE
         ids = _ids(self.raw, self.sealed, cache.layout.layers)
-        images = tuple(_pad_rows(image) for image in self.images)
-        return _import(cache, ids, *images)
+        raw_image, sealed_image = self.images
+        return _import(cache, ids, _pad_rows(raw_image), _pad_rows(sealed_image))
 
 
 def out(cache: PagedCache, pages: ListOf[Page]) -> Swapped:
@@ -69,18 +69,14 @@ def out(cache: PagedCache, pages: ListOf[Page]) -> Swapped:
     raw = tuple(p for p in pages if p.sealed == NONE)
     sealed = tuple(p for p in pages if p.sealed != NONE)
     images = jax.device_get(_export(cache, _ids(raw, sealed, cache.layout.layers)))
-    # Copied, so that the padding's memory goes.
-    cut = (
-        jax.tree.map(lambda x, n=len(part): x[:n].copy(), image)
-        for image, part in zip(images, (raw, sealed), strict=True)
-    )
+    raw_image, sealed_image = images
     return Swapped(
         raw=raw,
         sealed=sealed,
         levels=tuple(p.level for p in sealed),
         chunks=tuple(p.chunks for p in sealed),
         sinks=tuple(p.sink != NONE for p in sealed),
-        images=tuple(cut),
+        images=(_first_rows(raw_image, len(raw)), _first_rows(sealed_image, len(sealed))),
     )
 
 
@@ -99,6 +95,11 @@ def _ids(raw: ListOf[Page], sealed: ListOf[Page], layers: int) -> PageIds:
         chunks=chunks,
         sink=pad([p.sink for p in sealed]),
     )
+
+
+def _first_rows(image: _Tree, rows: int) -> _Tree:
+    """Copies, so that the memory of the padding goes."""
+    return jax.tree.map(lambda x: x[:rows].copy(), image)
 
 
 def _pad_rows(image: _Tree) -> _Tree:

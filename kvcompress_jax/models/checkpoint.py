@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -75,19 +76,31 @@ def read_params(checkpoint: Checkpoint, dtype: DTypeLike) -> DecoderParams:
             f"{checkpoint.path.name}: tensor {unused[0]} has no place in a {config.architecture} "
             f"decoder with {config.num_layers} layers"
         )
-    layers = {}
-    for field, shape in layer_shapes(config).items():
-        stack = np.empty((config.num_layers, *shape), field_dtype(field, dtype))
-        for layer in range(config.num_layers):
-            # Matrices come as [outputs, inputs]; assignment transposes and casts in one pass.
-            stack[layer] = _read(checkpoint, field, layer, shape[::-1]).T
-        layers[field] = jnp.asarray(stack)
+    layers = {
+        field: _read_stack(checkpoint, field, shape, dtype)
+        for field, shape in layer_shapes(config).items()
+    }
     # Tables are looked up by row: they stay [vocab, hidden].
     model = {
         field: jnp.asarray(_read(checkpoint, field, None, shape).astype(field_dtype(field, dtype)))
         for field, shape in model_shapes(config).items()
     }
     return DecoderParams(layers=LayerParams(**layers), **model)
+
+
+def _read_stack(
+    checkpoint: Checkpoint, field: str, shape: tuple[int, ...], dtype: DTypeLike
+) -> jax.Array:
+    """A field of all layers [layers, *shape]."""
+    layers = checkpoint.config.num_layers
+    # Files have matrices as [outputs, inputs]; assignment transposes and casts in one pass. Memory
+    # is taken after the first read: a corrupt file may ask for any amount.
+    first = _read(checkpoint, field, 0, shape[::-1])
+    stack = np.empty((layers, *shape), field_dtype(field, dtype))
+    stack[0] = first.T
+    for layer in range(1, layers):
+        stack[layer] = _read(checkpoint, field, layer, shape[::-1]).T
+    return jnp.asarray(stack)
 
 
 def _read(

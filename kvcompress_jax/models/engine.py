@@ -11,6 +11,8 @@ import numpy as np
 from kvcompress_jax.manager import OutOfPagesError
 from kvcompress_jax.models.runner import Runner
 
+NO_SEQUENCE = -1
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +28,7 @@ class Request:
     prefix: int | None  # a sequence that the prompt continues
     generated: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None  # "stop" or "length" once finished
-    sequence: int | None = None
+    sequence: int = NO_SEQUENCE
     fed: int = 0  # tokens of the prompt that are in the cache
 
     @property
@@ -204,9 +206,9 @@ class Engine:
         for queue in (self.waiting, self.running, self.preempted):
             if request in queue:
                 queue.remove(request)
-        if request.sequence is not None:
+        if request.sequence != NO_SEQUENCE:
             self.runner.manager.free(request.sequence)
-            request.sequence = None
+            request.sequence = NO_SEQUENCE
 
 
 @jax.jit

@@ -72,6 +72,8 @@ def load_model(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> Model:
         fingerprint = _fingerprint(checkpoint.config, dtype, checkpoint.files)
     except OSError as e:
         raise ModelError(f"{path}: not readable ({e.strerror or e})") from e
+    except MemoryError as e:
+        raise ModelError(f"{path}: needs more memory than there is") from e
     name = path.resolve().name if path.is_dir() else path.stem
     return Model(
         config=checkpoint.config,

@@ -13,6 +13,7 @@ from kvcompress_jax.manager import KVCacheManager, pools_for_tokens
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.decoder import decode, logits
 from kvcompress_jax.models.load import Model
+from kvcompress_jax.models.params import DecoderParams
 from kvcompress_jax.paged import (
     CacheLayout,
     PagedCache,
@@ -24,6 +25,7 @@ from kvcompress_jax.paged import (
     init_cache,
     observe,
 )
+from kvcompress_jax.paged.host_arrays import HostArray
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +34,7 @@ class Rows:
     """Sequences that get the same number of query slots in a step."""
 
     table: PageTable
-    query_lengths: jax.Array  # i32[rows]: new tokens of each; the rest of its slots is padding
+    query_lengths: HostArray  # i32[rows]: new tokens of each; the rest of its slots is padding
 
 
 @jax.tree_util.register_dataclass
@@ -41,19 +43,19 @@ class Step:
     """Tokens of one step: first those of the decoding rows, one each, then a chunk for each
     prefilling row."""
 
-    tokens: jax.Array  # i32[decoding + prefilling * chunk]
-    positions: jax.Array  # i32, like tokens
-    slots: jax.Array  # i32, like tokens; -1 for padding
+    tokens: HostArray  # i32[decoding + prefilling * chunk]
+    positions: HostArray  # i32, like tokens
+    slots: HostArray  # i32, like tokens; -1 for padding
     decoding: Rows | None
     prefilling: Rows | None
-    wanted: jax.Array  # i32[n] indices into tokens whose logits are returned
+    wanted: HostArray  # i32[n] indices into tokens whose logits are returned
 
 
 @functools.partial(
     jax.jit, static_argnames=("config", "track_mass", "decay"), donate_argnames="cache"
 )
 def run_step(
-    params: object,
+    params: DecoderParams,
     cache: PagedCache,
     step: Step,
     *,
@@ -76,7 +78,14 @@ def run_step(
     """
     groups = [rows for rows in (step.decoding, step.prefilling) if rows is not None]
 
-    def attention(q, k, v, layer, window, cache):
+    def attention(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        layer: jax.Array,
+        window: jax.Array,
+        cache: PagedCache,
+    ) -> tuple[jax.Array, PagedCache]:
         cache = append(cache, layer, k, v, step.slots)
         outs, first = [], 0
         for rows in groups:
@@ -218,7 +227,7 @@ class Runner:
         Returns:
           f32[tokens, vocab] with `all_logits`, else f32[1, vocab] of the last token.
         """
-        parts = []
+        parts: list[jax.Array] = []
         for i in range(0, len(tokens), self.chunk_tokens):
             self.advance()
             part = tokens[i : i + self.chunk_tokens]

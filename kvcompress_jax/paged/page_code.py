@@ -67,7 +67,9 @@ def encode_page(
 
     return PageCode(
         base=jnp.stack([pack(sort(key_base)), pack(sort(value_base))]),
-        fine=jnp.stack([pack(sort(key_fine)[:, :fine_rows]), pack(sort(value_fine)[:, :fine_rows])]),
+        fine=jnp.stack(
+            [pack(sort(key_fine)[:, :fine_rows]), pack(sort(value_fine)[:, :fine_rows])]
+        ),
         key_scale=key_scale,
         value_scale=Scale(step=sort(value_scale.step), zero=sort(value_scale.zero)),
         order=order.astype(jnp.uint8),
@@ -84,7 +86,7 @@ def _order(
     seen: jax.Array,
     exact: jax.Array,
 ) -> jax.Array:
-    """i32[heads, page_size]: the token of each slot, exact ones first, then by importance x error."""
+    """i32[heads, page_size], the token of each slot: exact ones, then by importance x error."""
     keys, values, key_error, value_error = (
         x.swapaxes(0, 1) for x in (keys, values, key_error, value_error)
     )

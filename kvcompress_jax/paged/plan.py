@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.seal import Sealing, seal
 
 
@@ -15,9 +16,9 @@ from kvcompress_jax.paged.seal import Sealing, seal
 class Retabling:
     """New fine chunks of sealed pages, -1 for none; the first `count` entries are real."""
 
-    page: jax.Array  # i32[n]
-    chunks: jax.Array  # i32[n, layers]
-    count: jax.Array  # i32[]
+    page: HostArray  # i32[n]
+    chunks: HostArray  # i32[n, layers]
+    count: HostArray  # i32[]
 
 
 @jax.tree_util.register_dataclass
@@ -25,9 +26,9 @@ class Retabling:
 class FineUpload:
     """Fine planes that come back from a colder tier; the first `count` entries are real."""
 
-    chunk: jax.Array  # i32[n]
-    fine: jax.Array  # u8[n, 2, heads, fine_rows, dim/2]
-    count: jax.Array  # i32[]
+    chunk: HostArray  # i32[n]
+    fine: HostArray  # u8[n, 2, heads, fine_rows, dim/2]
+    count: HostArray  # i32[]
 
 
 @jax.tree_util.register_dataclass
@@ -35,9 +36,9 @@ class FineUpload:
 class RawCopy:
     """Copies of raw pages, for copy-on-write; the first `count` entries are real."""
 
-    source: jax.Array  # i32[n]
-    target: jax.Array  # i32[n]
-    count: jax.Array  # i32[]
+    source: HostArray  # i32[n]
+    target: HostArray  # i32[n]
+    count: HostArray  # i32[]
 
 
 @jax.tree_util.register_dataclass

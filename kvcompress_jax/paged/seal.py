@@ -9,6 +9,7 @@ from jax import lax
 
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.page_code import PageCode, encode_page
 
 
@@ -17,11 +18,11 @@ from kvcompress_jax.paged.page_code import PageCode, encode_page
 class Sealing:
     """Pages to seal; the first `count` entries are real, the rest is padding."""
 
-    raw: jax.Array  # i32[n] raw page, full
-    page: jax.Array  # i32[n] sealed page to write
-    chunks: jax.Array  # i32[n, layers] fine chunk of each layer, -1: that layer goes to level 2
-    sink: jax.Array  # i32[n] slot for the exact first tokens, -1: not the first page of a sequence
-    count: jax.Array  # i32[]
+    raw: HostArray  # i32[n] raw page, full
+    page: HostArray  # i32[n] sealed page to write
+    chunks: HostArray  # i32[n, layers] fine chunk of each layer, -1: that layer goes to level 2
+    sink: HostArray  # i32[n] slot for the exact first tokens, -1: not the first page of a sequence
+    count: HostArray  # i32[]
 
 
 def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
@@ -84,7 +85,9 @@ def _store(
         key_scale=put_scale(cache.key_scale, code.key_scale),
         value_scale=put_scale(cache.value_scale, code.value_scale),
         order=put(cache.order, page, code.order),
-        fine=cache.fine.at[chunk].set(code.fine, mode="drop") if cache.fine.shape[0] else cache.fine,
+        fine=cache.fine.at[chunk].set(code.fine, mode="drop")
+        if cache.fine.shape[0]
+        else cache.fine,
         fine_of=put(cache.fine_of, page, jnp.where(refined, chunks, -1)),
         sinks=put(cache.sinks, sink, kv[:, :, :, : cache.layout.sink_tokens]),
         sealed=cache.sealed.at[sealing.page[i]].set(finite),  # its last owner may have left True

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from kvcompress_jax.paged.host_arrays import HostArray
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +18,11 @@ class PageTable:
     `index * page_size` and after.
     """
 
-    sealed: jax.Array  # i32[sequences, max_sealed] page ids
-    sealed_index: jax.Array  # i32[sequences, max_sealed]
-    sealed_count: jax.Array  # i32[sequences]
-    raw: jax.Array  # i32[sequences, max_raw] page ids
-    raw_index: jax.Array  # i32[sequences, max_raw]
-    raw_count: jax.Array  # i32[sequences]
-    sink: jax.Array  # i32[sequences] slot of the exact first tokens, or -1
-    length: jax.Array  # i32[sequences] tokens, the ones of the current step included
+    sealed: HostArray  # i32[sequences, max_sealed] page ids
+    sealed_index: HostArray  # i32[sequences, max_sealed]
+    sealed_count: HostArray  # i32[sequences]
+    raw: HostArray  # i32[sequences, max_raw] page ids
+    raw_index: HostArray  # i32[sequences, max_raw]
+    raw_count: HostArray  # i32[sequences]
+    sink: HostArray  # i32[sequences] slot of the exact first tokens, or -1
+    length: HostArray  # i32[sequences] tokens, the ones of the current step included

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.host_arrays import HostArray
 
 
 @jax.tree_util.register_dataclass
@@ -14,10 +15,10 @@ from kvcompress_jax.paged.cache import PagedCache
 class PageIds:
     """Where pages are on the device; -1 is nowhere."""
 
-    raw: jax.Array  # i32[n] raw pages
-    sealed: jax.Array  # i32[m] sealed pages
-    chunks: jax.Array  # i32[m, layers] their fine chunks, -1 for none
-    sink: jax.Array  # i32[m] their slots of exact first tokens, -1 for none
+    raw: HostArray  # i32[n] raw pages
+    sealed: HostArray  # i32[m] sealed pages
+    chunks: HostArray  # i32[m, layers] their fine chunks, -1 for none
+    sink: HostArray  # i32[m] their slots of exact first tokens, -1 for none
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,7 @@ class RawImage:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SealedImage:
-    """What m sealed pages hold; where a chunk or sink slot is -1, `fine` or `sinks` mean nothing."""
+    """What m sealed pages hold; without a chunk or sink slot `fine` or `sinks` mean nothing."""
 
     base: jax.Array  # u8[m, layers, 2, heads, page_size, dim/2]
     key_scale: Scale  # [m, layers, heads, dim]
@@ -73,9 +74,7 @@ def export_pages(cache: PagedCache, ids: PageIds) -> tuple[RawImage, SealedImage
     return raw, sealed
 
 
-def import_pages(
-    cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedImage
-) -> PagedCache:
+def import_pages(cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedImage) -> PagedCache:
     """Writes pages back, to the same or other ids; ids of -1 are skipped. `cache` is donated."""
 
     def put(pool: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:

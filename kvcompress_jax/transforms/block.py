@@ -63,9 +63,7 @@ def compress_kv_block(
     """
     config = config or CompressionConfig()
     if block.ndim != 4 or block.shape[0] != 2 or block.shape[3] % 2 or block.shape[1] > 256:
-        raise ValueError(
-            f"block: expected [2, at most 256, heads, even], got {list(block.shape)}"
-        )
+        raise ValueError(f"block: expected [2, at most 256, heads, even], got {list(block.shape)}")
     if level not in range(config.levels):
         raise ValueError(f"level: expected 0 to {config.levels - 1}, got {level}")
     if level == 0:

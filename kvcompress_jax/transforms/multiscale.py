@@ -22,7 +22,9 @@ class MultiScale:
 
     magnitude: jax.Array  # f32[...]
     direction: jax.Array  # f32[..., dim]
-    components: tuple[jax.Array, ...]  # f32[..., dim / 2**k], f32[..., dim / 2**k], ..., coarse first
+    components: tuple[
+        jax.Array, ...
+    ]  # f32[..., dim / 2**k], f32[..., dim / 2**k], ..., coarse first
     residual: jax.Array  # f32[..., dim / 2]
 
 

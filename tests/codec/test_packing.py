@@ -12,7 +12,8 @@ from kvcompress_jax.codec import pack, unpack
 def test_round_trip(dim):
     codes = jax.random.randint(jax.random.key(0), (3, 5, dim), 0, 16).astype(jnp.uint8)
     packed = pack(codes)
-    assert packed.shape == (3, 5, dim // 2) and packed.dtype == jnp.uint8
+    assert packed.shape == (3, 5, dim // 2)
+    assert packed.dtype == jnp.uint8
     assert np.array_equal(unpack(packed), codes)
     assert not np.array_equal(unpack(packed ^ jnp.uint8(1)), codes)
 

@@ -11,7 +11,6 @@ from tests.models import hf
 from tests.models.files import write_gguf
 from tests.models.greedy import greedy_follows
 
-
 # Logits are of order 1 and sums have at most 512 terms over at most 7 layers: float32 rounding
 # stays below 1e-5; the contract allows 1e-3.
 TOLERANCE = 5e-5

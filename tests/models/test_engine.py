@@ -125,9 +125,7 @@ def test_sampling_follows_the_distribution():
 
 
 def test_a_request_that_can_never_fit_fails_and_the_others_go_on():
-    engine = engine_of(
-        OFF, PoolSizes(raw_pages=4, sealed_pages=0, fine_chunks=0, sink_slots=0)
-    )
+    engine = engine_of(OFF, PoolSizes(raw_pages=4, sealed_pages=0, fine_chunks=0, sink_slots=0))
     small = engine.submit(PROMPTS[0], max_new_tokens=3)
     huge = engine.submit(PROMPTS[4] + PROMPTS[3], max_new_tokens=3)
     with pytest.raises(OutOfPagesError, match="request 1 does not fit into the cache: raw pages"):

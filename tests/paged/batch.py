@@ -97,7 +97,10 @@ def reference_page(cache: PagedCache, layer: int, page: int) -> tuple[np.ndarray
         np.asarray(s.step[layer, page], np.float64),
         np.asarray(s.zero[layer, page], np.float64),
     )
-    (key_step, key_zero), (value_step, value_zero) = scale(cache.key_scale), scale(cache.value_scale)
+    (key_step, key_zero), (value_step, value_zero) = (
+        scale(cache.key_scale),
+        scale(cache.value_scale),
+    )
     keys = (position[0] + key_zero[:, None]) * key_step[:, None]
     values = (position[1] + value_zero[..., None]) * value_step[..., None]
     token_of_slot = np.asarray(cache.order[layer, page]).astype(int)

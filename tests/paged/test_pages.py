@@ -141,12 +141,16 @@ def test_a_page_that_is_not_finite_stays_at_level_0_and_spoils_no_other(bad, kin
     broken = dataclasses.replace(cache, raw=cache.raw.at[1, 1, kind, 1, 5, 7].set(bad))
     after = _seal(broken, work)
     assert np.array_equal(after.sealed, [False, True, False, True, False])
-    assert int(after.rejected) == 1 and int(healthy.rejected) == 0
+    assert int(after.rejected) == 1
+    assert int(healthy.rejected) == 0
     for pool in ("base", "order"):
         a, b, c = (np.asarray(getattr(x, pool)) for x in (after, healthy, cache))
-        assert np.array_equal(a[:, [1, 3]], b[:, [1, 3]]) and np.array_equal(a[:, 2], c[:, 2])
+        assert np.array_equal(a[:, [1, 3]], b[:, [1, 3]])
+        assert np.array_equal(a[:, 2], c[:, 2])
     assert np.array_equal(after.fine[3:6], cache.fine[3:6])
-    assert np.array_equal(np.delete(after.fine, [3, 4, 5], 0), np.delete(healthy.fine, [3, 4, 5], 0))
+    assert np.array_equal(
+        np.delete(after.fine, [3, 4, 5], 0), np.delete(healthy.fine, [3, 4, 5], 0)
+    )
     assert np.array_equal(after.fine_of[:, 2], [-1, -1, -1])
 
 
@@ -233,7 +237,8 @@ def test_append_resets_statistics_and_drops_padding():
         assert np.all(np.asarray(after.raw[1, page, 1, :, offset]) == -5)
         assert not np.asarray(after.mass[1, page, :, offset]).any()
     assert int((after.raw != cache.raw).sum()) == 2 * 2 * 2 * 64
-    assert int((after.mass != 1).sum()) == 2 * 2 and int((after.seen != 1).sum()) == 2
+    assert int((after.mass != 1).sum()) == 2 * 2
+    assert int((after.seen != 1).sum()) == 2
     with pytest.raises(ValueError, match=r"k: expected \[3, 2, 64\], got \[3, 2, 32\]"):
         append(cache, 1, k[..., :32], k, slots)
 
@@ -258,7 +263,8 @@ def test_observe_counts_the_queries_that_could_see_a_token():
         assert np.all(np.asarray(after.mass[1, page]) == 0.5)
     heat = np.asarray(after.heat)
     held = table.sealed[0, : table.sealed_count[0]]
-    assert np.all(heat[held] == 2) and heat.sum() == 2 * len(held)
+    assert np.all(heat[held] == 2)
+    assert heat.sum() == 2 * len(held)
     assert not np.asarray(after.seen[0]).any()
 
 
@@ -294,9 +300,7 @@ def test_apply_plan_does_its_parts_in_order():
     from kvcompress_jax.paged import Plan
 
     cache = _seal(filled(), sealing((0, 3, [0, 1, 2], -1)))
-    plan = Plan(
-        tables=retabling((3, [-1, -1, -1])), seals=sealing((1, 2, [0, 1, 2], -1))
-    )
+    plan = Plan(tables=retabling((3, [-1, -1, -1])), seals=sealing((1, 2, [0, 1, 2], -1)))
     after = jax.jit(apply_plan)(cache, plan)
     want = _seal(filled(), sealing((1, 2, [0, 1, 2], -1)))
     for layer in range(3):
