@@ -169,7 +169,7 @@ def _demo(args: argparse.Namespace) -> None:
         args.plot,
         shown.recipes,
         shown.compressed.history,
-        title=f"{model.name}, {args.text or 'CPython language reference'}",
+        title=f"{model.name}, {args.text.name if args.text else 'CPython language reference'}",
         kv_bits=32 if args.kv_dtype == "float32" else 16,
     )
     console.print(f"plot: {args.plot}")

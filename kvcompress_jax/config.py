@@ -181,6 +181,13 @@ class CompressionConfig:
         return self.enabled and self.levels > 1
 
     @property
+    def tracks_attention(self) -> bool:
+        """Whether attention mass is observed. It orders the tokens of pages that are refined in
+        part, and says which pages to demote and promote; where neither can happen it is not worth
+        its time and memory."""
+        return self.compresses and self.levels == 3 and self.seal_level == 1
+
+    @property
     def fine_rows(self) -> int:
         """Tokens of a page, per head, that have 8 bits at level 1."""
         return self.refined_tokens(self.page_size) if self.compresses else 0
@@ -209,6 +216,7 @@ class CompressionConfig:
             fine_rows=self.fine_rows,
             sink_tokens=self.sink_tokens if self.compresses else 0,
             importance=self.importance,
+            statistics=self.tracks_attention,
         )
 
 

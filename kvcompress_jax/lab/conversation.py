@@ -34,7 +34,7 @@ class Conversation:
       answers: token ids per question.
       recalled: per fact, whether its answer was generated to the last token.
       history: one entry per step.
-      stats: `get_compression_stats()` with all requests running and their prompts read.
+      stats: `get_compression_stats()` when the cache was fullest.
       tokens_per_gib: how many tokens of this conversation a GiB of cache holds.
       seconds: wall time of reading and answering, compilation included.
       generated_tokens: of all answers.
@@ -108,9 +108,9 @@ def converse(
     stats = manager.get_compression_stats()
     while not engine.idle:
         engine.step()
-        if all(r.fed for r in requests) and engine.running:
-            stats = manager.get_compression_stats()
         note()
+        if history[-1].tokens > stats["tokens"]:
+            stats = manager.get_compression_stats()
     answers = tuple(tuple(r.generated) for r in requests)
     manager.free(text)
     manager.verify(runner.cache)

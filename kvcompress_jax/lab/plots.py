@@ -46,7 +46,7 @@ def plot_accuracy(
                 axes.plot([x, whole], [y, y], color="0.7", zorder=1)
                 axes.scatter([x], [y], s=50, color=COLORS[0], zorder=2)
                 axes.scatter([whole], [y], s=30, marker="|", color=COLORS[0], zorder=2)
-                axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 6))
+                axes.annotate(name, (x, y), textcoords="offset points", xytext=(2, 7), ha="right")
             axes.set_xlabel("stored bits per value: dot, sealed pages; bar, whole cache")
             axes.set_ylabel(label)
             axes.set_xlim(3, kv_bits + 1)
@@ -54,6 +54,7 @@ def plot_accuracy(
         divergence.set_yscale("log")
         agreement.axhline(1.0, color="0.4", linewidth=1)
         agreement.annotate(f"uncompressed, {kv_bits} bits", (kv_bits, 1.0), ha="right", va="bottom")
+        agreement.set_ylim(top=1.005)
         steps = range(len(history))
         levels.stackplot(
             steps,
@@ -63,7 +64,7 @@ def plot_accuracy(
             labels=("level 2, INT4", "level 1, INT8 for the important", "level 0, raw"),
             colors=COLORS,
         )
-        levels.set_xlabel("steps: the text is read, then the questions are answered")
+        levels.set_xlabel("steps: reading, then answering")
         levels.set_ylabel("pages on the device")
         levels.legend(loc="upper left", fontsize=8)
         figure.suptitle(title)

@@ -54,7 +54,7 @@ def show_demonstration(console: Console, shown: Demonstration) -> None:
         asked = (
             f"{question}\n(planted: {shown.expected[i]})" if i < len(shown.expected) else question
         )
-        given = (shown.tokenizer.decode(c.answers[i]).strip() for c in (plain, compressed))
+        given = (_beginning(shown.tokenizer.decode(c.answers[i])) for c in (plain, compressed))
         answers.add_row(*(_literal(text) for text in (asked, *given)))
     console.print(answers)
 
@@ -106,6 +106,11 @@ def _memory_rows(
 def _some_steps(steps: int, shown: int = 10) -> list[int]:
     """Evenly spread steps, the last one among them."""
     return sorted({round(i * (steps - 1) / (shown - 1)) for i in range(shown)})
+
+
+def _beginning(answer: str) -> str:
+    """An answer up to its first empty line: a base model goes on with the next question."""
+    return answer.strip().split("\n\n")[0]
 
 
 def _literal(text: str) -> str:

@@ -27,5 +27,5 @@ def settings_of(where: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Message of an error of another package, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Message of an error of another package: its start, without line breaks."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

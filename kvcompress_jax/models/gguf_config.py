@@ -33,7 +33,7 @@ def config_from_metadata(
 
     Args:
       metadata: of the file.
-      shapes: of its tensors, inputs first as GGUF has them.
+      shapes: of its tensors.
       rope_divisors: contents of the tensor with frequency divisors, if there is one.
       eos_token_ids: any of them ends a text.
 
@@ -77,7 +77,7 @@ def config_from_metadata(
     with settings_of(metadata.file):
         return DecoderConfig(
             architecture=architecture,
-            vocab_size=shapes["token_embd.weight"][1],
+            vocab_size=shapes["token_embd.weight"][0],
             hidden_size=hidden,
             intermediate_size=metadata.get("{arch}.feed_forward_length", int),
             num_layers=layers,
@@ -105,12 +105,14 @@ def config_from_metadata(
 
 
 def _rope(metadata: Metadata, divisors: tuple[float, ...] | None) -> Rope:
-    kind = metadata.get("{arch}.rope.scaling.type", str, "none")
-    scaling: RopeScaling | None = None
-    if kind == "linear":
-        scaling = LinearScaling(factor=metadata.get("{arch}.rope.scaling.factor", float))
-    elif kind != "none":
+    kind = metadata.get("{arch}.rope.scaling.type", str, "linear")
+    if kind not in ("none", "linear"):
         raise ModelError(f"{metadata.file}: RoPE scaling {kind!r} is not supported")
+    older = metadata.get("{arch}.rope.scale_linear", float, 1.0)
+    factor = metadata.get("{arch}.rope.scaling.factor", float, older)
+    scaling: RopeScaling | None = None
+    if kind == "linear" and factor not in (0, 1):
+        scaling = LinearScaling(factor=factor)
     if divisors is not None:
         if scaling is not None:
             raise ModelError(f"{metadata.file}: two kinds of RoPE scaling at once")

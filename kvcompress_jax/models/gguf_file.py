@@ -1,13 +1,13 @@
 """Reading GGUF files."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kvcompress_jax.models.config import DecoderConfig
-from kvcompress_jax.models.errors import ModelError, one_line
+from kvcompress_jax.models.errors import ModelError
 from kvcompress_jax.models.gguf_config import config_from_metadata
+from kvcompress_jax.models.gguf_header import GgufTensor, read_header
 from kvcompress_jax.models.gguf_metadata import Metadata
 from kvcompress_jax.models.gguf_tokenizer import eos_token_ids, tokenizer_from_metadata
 from kvcompress_jax.models.optional import optional_import
@@ -57,25 +57,17 @@ class GgufFile:
         Raises:
           ModelError: not a GGUF file, truncated or corrupt, or of a model that is not supported.
         """
-        gguf = optional_import("gguf")
         self._dequantize = optional_import("gguf.quants").dequantize
         self.path = path
         self.files = (path,)
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ModelError(f"{path.name}: not a GGUF file")
-        try:
-            reader = gguf.GGUFReader(path)
-        # The reader trusts the file: a bad one fails in whatever way its bytes lead to.
-        except Exception as e:
-            raise ModelError(f"{path.name}: truncated or corrupt GGUF file ({one_line(e)})") from e
-        self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
-        self._metadata = Metadata(path.name, reader.fields)
+        header = read_header(path)
+        self._tensors = header.tensors
+        self._metadata = Metadata(path.name, header.metadata)
         divisors = self._tensors.get(_ROPE_DIVISORS)
         self.tensor_names = frozenset(self._tensors) - {_ROPE_DIVISORS}
         self.config = config_from_metadata(
             self._metadata,
-            shapes={name: tuple(int(n) for n in t.shape) for name, t in self._tensors.items()},
+            shapes={name: tensor.shape for name, tensor in self._tensors.items()},
             rope_divisors=None
             if divisors is None
             else tuple(self._values(divisors).ravel().tolist()),
@@ -102,14 +94,16 @@ class GgufFile:
         """None if the file has none."""
         return tokenizer_from_metadata(self._metadata, self.config.vocab_size)
 
-    def _values(self, tensor: Any) -> np.ndarray:
+    def _values(self, tensor: GgufTensor) -> np.ndarray:
+        """float32, with the shape of the tensor."""
         try:
-            return np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
+            x = self._dequantize(tensor.data, tensor.kind)
         except NotImplementedError as e:
             raise ModelError(
-                f"{self.path.name}: tensor {tensor.name} has type {tensor.tensor_type.name}, "
+                f"{self.path.name}: tensor {tensor.name} has type {tensor.kind.name}, "
                 "which is not supported"
             ) from e
+        return np.asarray(x, np.float32).reshape(tensor.shape)
 
 
 def _unpermute(x: np.ndarray, head_dim: int) -> np.ndarray:

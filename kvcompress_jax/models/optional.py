@@ -21,6 +21,7 @@ def optional_import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
+        package = (e.name or name).partition(".")[0]
         raise ModelError(
-            f"package {e.name or name} is not installed: pip install 'kvcompress-jax[demo]'"
+            f"package {package} is not installed: pip install 'kvcompress-jax[demo]'"
         ) from e

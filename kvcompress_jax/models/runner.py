@@ -150,9 +150,6 @@ class Runner:
         self.layout = cache_layout(model.config, config, kv_dtype)
         self.manager = KVCacheManager(self.layout, sizes, config, max_sequences=max_sequences)
         self.cache = init_cache(self.layout, sizes)
-        # Mass orders the tokens of a page that is refined in part, and decides which pages to
-        # demote and promote. Where neither can happen it is not worth its time.
-        self.track_mass = config.compresses and config.levels == 3 and config.seal_level == 1
 
     def advance(self) -> None:
         """Applies what the manager has due; call it before every `forward`."""
@@ -215,7 +212,7 @@ class Runner:
                 wanted=wanted.astype(np.int32),
             ),
             config=self.model.config,
-            track_mass=self.track_mass,
+            track_mass=self.config.tracks_attention,
             decay=self.config.heat_decay,
         )
         chunk_logits = out[rows : rows + (len(chunk) if all_logits else bool(chunk))]

@@ -37,9 +37,11 @@ def append(
     offset = slots % layout.page_size
     at = (layer, page, slice(None), slice(None), offset)
     kv = jnp.stack([k, v], axis=1).astype(cache.raw.dtype)  # [tokens, 2, heads, dim]
+    cache = dataclasses.replace(cache, raw=cache.raw.at[at].set(kv, mode="drop"))
+    if not layout.statistics:
+        return cache
     return dataclasses.replace(
         cache,
-        raw=cache.raw.at[at].set(kv, mode="drop"),
         mass=cache.mass.at[layer, page, :, offset].set(0.0, mode="drop"),
         seen=cache.seen.at[layer, page, offset].set(0.0, mode="drop"),
     )

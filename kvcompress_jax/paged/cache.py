@@ -49,14 +49,15 @@ def init_cache(layout: CacheLayout, sizes: PoolSizes) -> PagedCache:
     """An empty cache. Every pool is allocated at once and never grows."""
     layers, heads, dim = layout.layers, layout.kv_heads, layout.head_dim
     page, pages = layout.page_size, sizes.sealed_pages
+    counted = sizes.raw_pages if layout.statistics else 0
 
     def scale(*shape: int) -> Scale:
         return Scale(step=jnp.zeros(shape, jnp.bfloat16), zero=jnp.zeros(shape, jnp.float16))
 
     return PagedCache(
         raw=jnp.zeros((layers, sizes.raw_pages, 2, heads, page, dim), layout.jax_dtype),
-        mass=jnp.zeros((layers, sizes.raw_pages, heads, page), jnp.float32),
-        seen=jnp.zeros((layers, sizes.raw_pages, page), jnp.float32),
+        mass=jnp.zeros((layers, counted, heads, page), jnp.float32),
+        seen=jnp.zeros((layers, counted, page), jnp.float32),
         base=jnp.zeros((layers, pages, 2, heads, page, dim // 2), jnp.uint8),
         key_scale=scale(layers, pages, heads, dim),
         value_scale=scale(layers, pages, heads, page),

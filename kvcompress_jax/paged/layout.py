@@ -14,6 +14,8 @@ Pools of one cache (layers share page ids):
     sinks   [layers, sink_slots, 2, heads, sink_tokens, dim]      dtype   exact first tokens
     sealed, heat [sealed_pages]                                   bool, f32
 
+`mass` and `seen` have no pages in a cache without statistics.
+
 Index 0 of an axis of 2 is the key, 1 the value. A fine chunk belongs to one layer of one page,
 so that a layer can have a level of its own.
 """
@@ -44,6 +46,8 @@ class CacheLayout:
       fine_rows: tokens of a page, per head, that a fine chunk refines; 0 = no level 1.
       sink_tokens: first tokens of a sequence that stay exact; 0 = none.
       importance: how the tokens of a page are ordered.
+      statistics: whether raw pages keep count of the attention that their tokens receive; without,
+        a page's tokens are ordered by their error alone.
     """
 
     layers: int
@@ -54,6 +58,7 @@ class CacheLayout:
     fine_rows: int = 32
     sink_tokens: int = 4
     importance: ImportanceRule = ImportanceRule()
+    statistics: bool = True
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim"):
@@ -91,9 +96,9 @@ class CacheLayout:
 
     @property
     def raw_page_bytes(self) -> int:
-        """A level 0 page of all layers, with its attention statistics."""
-        statistics = (self.kv_heads + 1) * self.page_size * 4
-        return self.uncompressed_page_bytes + self.layers * statistics
+        """A level 0 page of all layers, with its statistics."""
+        counts = (self.kv_heads + 1) * self.page_size * 4 if self.statistics else 0
+        return self.uncompressed_page_bytes + self.layers * counts
 
     @property
     def sealed_page_bytes(self) -> int:

@@ -30,7 +30,12 @@ def observe(
 
     Returns:
       The cache with new `mass`, `seen` and `heat`.
+
+    Raises:
+      ValueError: the cache keeps no statistics.
     """
+    if not cache.layout.statistics:
+        raise ValueError("cache: expected a layout with statistics=True, got False")
     page_size = cache.layout.page_size
     live = _live(table.raw, table.raw_count)
     raw = jnp.where(live, table.raw, cache.raw.shape[1])

@@ -81,12 +81,13 @@ def copy_raw(cache: PagedCache, copies: RawCopy) -> PagedCache:
     """Copies raw pages with their statistics."""
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
-        source, target = copies.source[i], copies.target[i]
+        def move(pool: jax.Array) -> jax.Array:
+            if pool.shape[1] == 0:  # a cache without statistics
+                return pool
+            return pool.at[:, copies.target[i]].set(pool[:, copies.source[i]])
+
         return dataclasses.replace(
-            cache,
-            raw=cache.raw.at[:, target].set(cache.raw[:, source]),
-            mass=cache.mass.at[:, target].set(cache.mass[:, source]),
-            seen=cache.seen.at[:, target].set(cache.seen[:, source]),
+            cache, raw=move(cache.raw), mass=move(cache.mass), seen=move(cache.seen)
         )
 
     return lax.fori_loop(0, copies.count, body, cache)

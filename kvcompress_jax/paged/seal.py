@@ -47,10 +47,13 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
         raw, sink = sealing.raw[i], sealing.sink[i]
         kv = cache.raw[:, raw]  # [layers, 2, heads, page_size, dim]
         finite = jnp.all(jnp.isfinite(kv))
+        if layout.statistics:
+            mass, seen = cache.mass[:, raw], cache.seen[:, raw]
+        else:
+            mass = jnp.zeros((layout.layers, layout.kv_heads, layout.page_size), jnp.float32)
+            seen = jnp.zeros((layout.layers, layout.page_size), jnp.float32)
         exact = (token < layout.sink_tokens) & (sink >= 0)
-        code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None))(
-            kv[:, 0], kv[:, 1], cache.mass[:, raw], cache.seen[:, raw], exact
-        )
+        code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None))(kv[:, 0], kv[:, 1], mass, seen, exact)
         return _store(cache, code, kv, sealing, i, finite)
 
     return lax.fori_loop(0, sealing.count, body, cache)

@@ -78,14 +78,19 @@ def import_pages(cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedI
     """Writes pages back, to the same or other ids; ids of -1 are skipped. `cache` is donated."""
 
     def put(pool: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
+        if pool.shape[1] == 0:  # nothing is ever stored there
+            return pool
         index = jnp.where(index < 0, pool.shape[1], index)  # too large: dropped
         return pool.at[:, index].set(jnp.moveaxis(x, 0, 1), mode="drop")
 
     def put_sealed(pool: jax.Array, x: jax.Array) -> jax.Array:
         return put(pool, ids.sealed, x)
 
+    fine = cache.fine
+    if fine.shape[0]:
+        chunk = jnp.where(ids.chunks < 0, fine.shape[0], ids.chunks)
+        fine = fine.at[chunk].set(sealed.fine, mode="drop")
     page = jnp.where(ids.sealed < 0, cache.base.shape[1], ids.sealed)
-    chunk = jnp.where(ids.chunks < 0, cache.fine.shape[0], ids.chunks)
     return dataclasses.replace(
         cache,
         raw=put(cache.raw, ids.raw, raw.kv),
@@ -97,7 +102,7 @@ def import_pages(cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedI
         order=put_sealed(cache.order, sealed.order),
         heat=cache.heat.at[page].set(sealed.heat, mode="drop"),
         sealed=cache.sealed.at[page].set(True, mode="drop"),
-        fine=cache.fine.at[chunk].set(sealed.fine, mode="drop"),
+        fine=fine,
         fine_of=cache.fine_of.at[:, page].set(ids.chunks.T, mode="drop"),
         sinks=put(cache.sinks, ids.sink, sealed.sinks),
     )

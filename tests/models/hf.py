@@ -200,7 +200,7 @@ def our_logits(model: Model, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(dense_forward(model.params, model.config, jnp.asarray(tokens, jnp.int32)))
 
 
-def random_tokens(vocab_size: int, *, batch: int = 2, tokens: int = TOKENS) -> np.ndarray:
+def random_tokens(vocab_size: int, *, batch: int = 1, tokens: int = TOKENS) -> np.ndarray:
     """int32[batch, tokens]."""
     return np.random.default_rng(7).integers(3, vocab_size, (batch, tokens), dtype=np.int32)
 

@@ -69,7 +69,7 @@ def test_logits(case, kind, saved):
 @pytest.mark.parametrize("case", ["llama", "qwen2-window", "qwen3", "gemma3-options"])
 def test_greedy_tokens(case, saved):
     reference, path = saved(case, "safetensors")
-    prompt = hf.random_tokens(160, batch=1, tokens=16)[0].tolist()
+    prompt = hf.random_tokens(160, tokens=16)[0].tolist()
     expected = hf.hf_greedy(reference, prompt, 24)
     assert len(set(expected)) > 2, "a text that repeats itself says nothing"
     assert greedy_follows(load_model(path), prompt, expected)

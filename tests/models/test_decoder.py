@@ -66,44 +66,50 @@ def test_scaled_frequencies():
     np.testing.assert_allclose(listed, plain / np.array(divisors), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_captured_inputs_are_those_of_the_attention(name):
-    """From layer 0's captured inputs its output follows, and from a second pass nothing changes."""
+    """A pass whose attention reads the captured inputs instead of its own is the same pass."""
     model = tiny_model(CONFIGS[name])
     config, params = model.config, model.params
-    tokens = jax.random.randint(jax.random.key(3), (2, 30), 0, config.vocab_size)
+    tokens = jax.random.randint(jax.random.key(3), (2, 24), 0, config.vocab_size)
     scores, seen = capture_forward(params, config, tokens)
     np.testing.assert_allclose(scores, dense_forward(params, config, tokens), atol=2e-5)
-    batch = (config.num_layers, 2, 30)
+    batch = (config.num_layers, 2, 24)
     assert seen.q.shape == (*batch, config.num_heads, config.head_dim)
     assert seen.k.shape == seen.v.shape == (*batch, config.num_kv_heads, config.head_dim)
 
-    def replay(q, k, v, layer, window, state):
-        """Attention from the captured inputs: the pass must not notice."""
-        out = dense_attention(
-            seen.q[layer],
-            seen.k[layer],
-            seen.v[layer],
-            scale=config.query_scale,
-            window=window,
-            soft_cap=config.soft_cap,
-        )
-        return out.reshape(q.shape), state + 1
+    @jax.jit
+    def replay(seen):
+        def attention(q, k, v, layer, window, calls):
+            out = dense_attention(
+                seen.q[layer],
+                seen.k[layer],
+                seen.v[layer],
+                scale=config.query_scale,
+                window=window,
+                soft_cap=config.soft_cap,
+            )
+            return out.reshape(q.shape), calls + 1
 
-    positions = jnp.tile(jnp.arange(30, dtype=jnp.int32), 2)
-    hidden, count = decode(params, config, tokens.reshape(-1), positions, replay, jnp.int32(0))
-    assert int(count) == config.num_layers
-    replayed = logits(params, config, hidden).reshape(scores.shape)
+        positions = jnp.tile(jnp.arange(24, dtype=jnp.int32), 2)
+        hidden, calls = decode(
+            params, config, tokens.reshape(-1), positions, attention, jnp.int32(0)
+        )
+        return logits(params, config, hidden).reshape(scores.shape), calls
+
+    replayed, calls = replay(seen)
+    assert int(calls) == config.num_layers
     np.testing.assert_allclose(replayed, scores, atol=2e-5)
-    other = dataclasses.replace(config, query_scale=config.query_scale * 1.5)
-    assert np.abs(dense_forward(params, other, tokens) - scores).max() > 1e-3
+    for field in ("q", "k", "v"):
+        wrong = dataclasses.replace(seen, **{field: jnp.flip(getattr(seen, field), axis=0)})
+        assert np.abs(replay(wrong)[0] - scores).max() > 1e-3, field
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_later_tokens_change_nothing(name):
     model = tiny_model(CONFIGS[name])
-    tokens = jax.random.randint(jax.random.key(3), (1, 24), 0, model.config.vocab_size)
-    changed = tokens.at[0, 16:].set(5)
+    tokens = jax.random.randint(jax.random.key(3), (2, 24), 0, model.config.vocab_size)
+    changed = tokens.at[:, 16:].set(5)
     a = dense_forward(model.params, model.config, tokens)
     b = dense_forward(model.params, model.config, changed)
     np.testing.assert_array_equal(a[:, :16], b[:, :16])

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from kvcompress_jax.models.errors import ModelError
+from kvcompress_jax.models.gguf_header import read_header
+from kvcompress_jax.models.gguf_metadata import Metadata
+from kvcompress_jax.models.gguf_tokenizer import tokenizer_from_metadata
 from kvcompress_jax.models.load import load_model
 from kvcompress_jax.models.params import init_params
 from tests.models.files import hf_settings, hf_state, write_directory, write_gguf
@@ -53,7 +56,9 @@ def test_model_package_is_not_installed(monkeypatch):
 def test_reading_package_is_not_installed(package, tmp_path, monkeypatch):
     write_gguf(*contents("llama"), tmp_path / "m.gguf")
     path = write_directory(*contents("llama"), tmp_path / "m")
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package:
+            monkeypatch.setitem(sys.modules, name, None)
     message = refusal(tmp_path / "m.gguf" if package == "gguf" else path)
     assert message == f"package {package} is not installed: pip install 'kvcompress-jax[demo]'"
 
@@ -79,7 +84,7 @@ GGUF_FAULTS = {
     "parts": ({"split__count": 3}, "one of 3 parts: merge them with llama-gguf-split"),
     "rope": ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling 'yarn' is not supported"),
     "two ropes": (
-        {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 2},
+        {"llama__rope__scaling__factor": 2},
         "two kinds of RoPE scaling at once",
     ),
     "partial": (
@@ -243,7 +248,6 @@ def test_truncated_gguf(part, tmp_path):
     assert refusal(path).startswith("m.gguf: truncated or corrupt GGUF file (")
 
 
-@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # sizes that overflow, inside the reader
 def test_corrupt_header_never_gives_another_error(tmp_path):
     """Random bytes in metadata and tensor descriptions: a model, or one clear line."""
     path = write_gguf(*contents("gemma3"), tmp_path / "m.gguf")
@@ -264,11 +268,7 @@ def test_corrupt_header_never_gives_another_error(tmp_path):
     assert all(m.startswith("m.gguf: ") and "\n" not in m for m in messages)
 
 
-@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 def test_corrupt_vocabulary_never_gives_another_error(tmp_path):
-    from kvcompress_jax.models.gguf_metadata import Metadata
-    from kvcompress_jax.models.gguf_tokenizer import tokenizer_from_metadata
-
     data = write_byte_level(tmp_path / "v.gguf", "gpt-2", "a few words", merges=5).read_bytes()
     messages = []
     for seed in range(100):
@@ -277,11 +277,8 @@ def test_corrupt_vocabulary_never_gives_another_error(tmp_path):
         damaged[rng.randrange(24, len(data))] = rng.randrange(256)
         (tmp_path / "v.gguf").write_bytes(damaged)
         try:
-            fields = gguf.GGUFReader(tmp_path / "v.gguf").fields
-        except Exception:  # what `load_model` turns into a ModelError
-            continue
-        try:
-            tokenizer_from_metadata(Metadata("v.gguf", fields), 10_000)
+            metadata = read_header(tmp_path / "v.gguf").metadata
+            tokenizer_from_metadata(Metadata("v.gguf", metadata), 10_000)
         except ModelError as e:
             messages.append(str(e))
     assert messages

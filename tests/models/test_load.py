@@ -38,7 +38,7 @@ def test_directory_gives_the_same_model(tiny, tmp_path):
     assert model.name == "model"
     assert model.tokenizer is None
     np.testing.assert_allclose(
-        _logits(model.params, model.config), _logits(params, config), atol=1e-5, rtol=0
+        _logits(model.params, model.config), _logits(params, model.config), atol=1e-5, rtol=0
     )
 
 
@@ -48,10 +48,12 @@ def test_gguf_gives_the_same_model(tiny, tmp_path):
     model = load_model(path)
     assert model.name == "tiny"
     assert model.config.layer_windows == config.layer_windows
-    difference = np.abs(_logits(model.params, model.config) - _logits(params, config)).max()
-    assert difference <= 1e-5
-    wrong = dataclasses.replace(model.config, rope=Rope(theta=123.0))
-    assert np.abs(_logits(model.params, wrong) - _logits(params, config)).max() > 1e-3
+    expected = _logits(params, config)
+    assert np.abs(_logits(model.params, model.config) - expected).max() <= 1e-5
+    wrong = dataclasses.replace(
+        model.params, embedding=jnp.roll(model.params.embedding, 1, axis=-1)
+    )
+    assert np.abs(_logits(wrong, model.config) - expected).max() > 1e-3
 
 
 def test_sharded_directory(tmp_path):
@@ -183,3 +185,19 @@ def test_other_tensors_of_a_tied_directory_are_ignored(tmp_path):
     path = write_directory(settings, state, tmp_path / "m")
     assert load_model(path).params.unembedding is None
     assert "lm_head.weight" in load_file(path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"qwen3__rope__scaling__type": "none", "qwen3__rope__scaling__factor": 4}, None),
+        ({"qwen3__rope__scaling__factor": 4}, LinearScaling(factor=4.0)),
+        ({"qwen3__rope__scale_linear": 4}, LinearScaling(factor=4.0)),
+        ({"qwen3__rope__scale_linear": 1}, None),
+    ],
+)
+def test_gguf_linear_scaling(metadata, scaling, tmp_path):
+    config = CONFIGS["qwen3"]
+    state = hf_state(init_params(config, jax.random.key(1)), config)
+    path = write_gguf(hf_settings(config), state, tmp_path / "m.gguf", **metadata)
+    assert load_model(path).config.rope.scaling == scaling

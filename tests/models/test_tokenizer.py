@@ -11,6 +11,7 @@ import gguf
 import pytest
 
 from kvcompress_jax.models.errors import ModelError
+from kvcompress_jax.models.gguf_header import read_header
 from kvcompress_jax.models.gguf_metadata import Metadata
 from kvcompress_jax.models.gguf_tokenizer import tokenizer_from_metadata
 from kvcompress_jax.models.hf_tokenizer import tokenizer_from_directory
@@ -35,7 +36,7 @@ SPLITS = ["gpt-2", "smollm", "llama-bpe", "qwen2"]
 
 
 def read(path: Path) -> Tokenizer:
-    tokenizer = tokenizer_from_metadata(Metadata(path.name, gguf.GGUFReader(path).fields), 10_000)
+    tokenizer = tokenizer_from_metadata(Metadata(path.name, read_header(path).metadata), 10_000)
     assert tokenizer is not None
     return tokenizer
 
@@ -292,7 +293,7 @@ def _metadata(path, tmp_path, **changes):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Metadata("changed.gguf", gguf.GGUFReader(tmp_path / "changed.gguf").fields)
+    return Metadata("changed.gguf", read_header(tmp_path / "changed.gguf").metadata)
 
 
 @pytest.mark.parametrize(
@@ -321,4 +322,4 @@ def test_unusable_metadata(changes, message, tmp_path):
 def test_more_tokens_than_rows_are_refused(tmp_path):
     path = write_byte_level(tmp_path / "v.gguf", "gpt-2", "some text", merges=2)
     with pytest.raises(ModelError, match="expected at most 10, the rows of the embedding, got 262"):
-        tokenizer_from_metadata(Metadata("f", gguf.GGUFReader(path).fields), 10)
+        tokenizer_from_metadata(Metadata("f", read_header(path).metadata), 10)
