@@ -34,8 +34,9 @@ class CompressionConfig:
       floor_layers: layers that never go below level 1; negative numbers count from the end.
       host_bytes: host memory for fine planes that left the device, so that their pages can be
         promoted again; 0 keeps none, and promotion is refused.
-      promote_heat: a page at level 2 is promoted when it is so many times hotter than the coldest
-        page at level 1 (hysteresis); at least 1.
+      promote_heat: a page at level 2 is promoted when it is more than so many times hotter than
+        the median of all sealed pages, while only pages no hotter than the median are demoted for
+        their age (hysteresis); at least 1.
       heat_decay: what is left of a page's heat after a step; in (0, 1).
       weights: of the importance that orders the tokens of a page.
       magnitude: name of the magnitude score, see `kvcompress_jax.importance.MAGNITUDES`.

@@ -61,17 +61,18 @@ class ImportanceRule:
 def normalize(score: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
     """Min-max over tokens, per head: f32[tokens, heads] to [0, 1].
 
-    A head whose scores are all equal gets 0.5 everywhere. Tokens that `where` (bool[tokens, heads])
+    A head whose scores are all equal, to the smallest normal number, gets 0.5 everywhere. Tokens that `where` (bool[tokens, heads])
     leaves out do not count and get 0.
     """
     if where is None:
         where = jnp.ones(score.shape, bool)
     lo = jnp.min(score, axis=0, keepdims=True, where=where, initial=jnp.inf)
     hi = jnp.max(score, axis=0, keepdims=True, where=where, initial=-jnp.inf)
-    spread = hi > lo
-    # Halved first: hi - lo may overflow.
-    extent = jnp.where(spread, hi / 2 - lo / 2, 1.0)
-    return jnp.where(where, jnp.where(spread, (score / 2 - lo / 2) / extent, 0.5), 0.0)
+    # Halved first: hi - lo may overflow. What is left may be too small to divide by.
+    extent = hi / 2 - lo / 2
+    spread = extent > 0
+    share = jnp.clip((score / 2 - lo / 2) / jnp.where(spread, extent, 1.0), 0.0, 1.0)
+    return jnp.where(where, jnp.where(spread, share, 0.5), 0.0)
 
 
 def importance(

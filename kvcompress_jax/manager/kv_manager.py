@@ -433,9 +433,11 @@ class KVCacheManager:
             ):
                 sequence.settled += 1
             for page in pages[sequence.settled :]:
-                if self._age(page) < self.config.window_tokens:
+                end = (page.index + 1) * self.layout.page_size
+                if sequence.length - end < self.config.window_tokens:
                     break
-                if page.sealed == NONE and not page.unsealable:
+                at_rest = page.sealed != NONE or page.unsealable
+                if not at_rest and self._age(page) >= self.config.window_tokens:
                     due[page.uid] = page
         return list(due.values())
 

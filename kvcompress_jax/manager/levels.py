@@ -20,8 +20,9 @@ def _coldness(page: Page) -> tuple[float, int]:
 
 
 def typical_heat(pages: Iterable[Page]) -> float:
-    """Median heat of the pages at level 1; 0 when there are none."""
-    heats = [p.heat for p in pages if p.level == 1]
+    """Median heat of all sealed pages; 0 when there are none. It does not depend on their levels,
+    so that a change of level is no reason for the next one."""
+    heats = [p.heat for p in pages if p.level > 0]
     return statistics.median(heats) if heats else 0.0
 
 
@@ -49,7 +50,7 @@ def aged(pages: Collection[Page], ages: Iterable[int], config: CompressionConfig
 def hot(pages: Collection[Page], kept: Container[int], config: CompressionConfig) -> list[Page]:
     """Pages at level 2 that deserve level 1 and whose fine planes are kept, hottest first.
 
-    A page must be `promote_heat` times hotter than is typical of level 1: the gap to `aged`, which
+    A page must be more than `promote_heat` times hotter than is typical: the gap to `aged`, which
     takes pages that are not hotter than typical, keeps pages from flapping.
     """
     bar = config.promote_heat * typical_heat(pages)
