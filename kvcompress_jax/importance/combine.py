@@ -61,8 +61,8 @@ class ImportanceRule:
 def normalize(score: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
     """Min-max over tokens, per head: f32[tokens, heads] to [0, 1].
 
-    A head whose scores are all equal, to the smallest normal number, gets 0.5 everywhere. Tokens that `where` (bool[tokens, heads])
-    leaves out do not count and get 0.
+    A head whose scores are all equal, to the smallest normal number, gets 0.5 everywhere. Tokens
+    that `where` (bool[tokens, heads]) leaves out do not count and get 0.
     """
     if where is None:
         where = jnp.ones(score.shape, bool)
