@@ -32,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModelError, TextError, OutputError) as e:
         print(f"kvcompress {args.command}: {e}", file=sys.stderr)
         return USAGE_ERROR
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("kvcompress_jax"):
+            raise
+        reason = f"package {e.name} is not installed: pip install 'kvcompress-jax[demo]'"
+        print(f"kvcompress {args.command}: {reason}", file=sys.stderr)
+        return USAGE_ERROR
     except KeyboardInterrupt:
         print(f"kvcompress {args.command}: interrupted", file=sys.stderr)
         return 130

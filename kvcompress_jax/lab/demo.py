@@ -7,7 +7,7 @@ from kvcompress_jax.config import RECIPES, CompressionConfig
 from kvcompress_jax.lab.conversation import Conversation, converse
 from kvcompress_jax.lab.evaluate import Evaluation, Evaluator
 from kvcompress_jax.lab.retrieval import plant_facts
-from kvcompress_jax.lab.texts import TextError
+from kvcompress_jax.lab.texts import TextError, check_positions, take_tokens
 from kvcompress_jax.models.load import Model
 from kvcompress_jax.models.tokenizer import Tokenizer
 
@@ -72,8 +72,8 @@ def demonstrate(
     if model.tokenizer is None:
         raise TextError(f"{model.name}: expected a model with a tokenizer")
     tokens = model.tokenizer.encode(text, add_special=True)
-    if len(tokens) < text_tokens:
-        raise TextError(f"text: expected at least {text_tokens} tokens, got {len(tokens)}")
+    take_tokens(tokens, text_tokens, name="text")
+    check_positions(model, text_tokens + 4 * ANSWER_TOKENS)
     facts = plant_facts(model.tokenizer, tokens, context_tokens=text_tokens, facts=FACTS)
     questions = [*facts.questions, *(model.tokenizer.encode(p) for p in PROMPTS)]
 

@@ -11,7 +11,7 @@ from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.lab.cache_error import attention_output_error, cosines
 from kvcompress_jax.lab.divergence import divergence
 from kvcompress_jax.lab.retrieval import plant_facts, retrieval_accuracy
-from kvcompress_jax.lab.texts import TextError, take_tokens
+from kvcompress_jax.lab.texts import TextError, check_positions, take_tokens
 from kvcompress_jax.lab.timing import time_pages
 from kvcompress_jax.models.load import Model
 from kvcompress_jax.models.runner import Runner, make_runner
@@ -90,7 +90,8 @@ class Evaluator:
           progress: is told what is being done.
 
         Raises:
-          TextError: the text is too short, or the model has no tokenizer.
+          TextError: the text is too short, or too long for the model, or the model has no
+            tokenizer.
         """
         if model.tokenizer is None:
             raise TextError(f"{model.name}: expected a model with a tokenizer")
@@ -98,8 +99,9 @@ class Evaluator:
         self.kv_dtype = kv_dtype
         self.chunk_tokens = chunk_tokens or context_tokens
         self.progress = progress
-        every = model.tokenizer.encode(text)
+        every = model.tokenizer.encode(text, add_special=True)
         wanted = context_tokens + continuation_tokens
+        check_positions(model, wanted)
         tokens = take_tokens(every, wanted, name="text")
         self.context, self.continuation = tokens[:context_tokens], tokens[context_tokens:]
         self.facts = None

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from kvcompress_jax.lab.texts import TextError
 from kvcompress_jax.models.runner import Runner
 from kvcompress_jax.models.tokenizer import Tokenizer
 
@@ -36,6 +37,10 @@ def plant_facts(
       context_tokens: length of the result.
       facts: how many, at most 32.
       seed: of the numbers.
+
+    Raises:
+      TextError: the facts, or the text around them, do not fit.
+      ValueError: more facts than there are names.
     """
     if not 1 <= facts <= len(NAMES):
         raise ValueError(f"facts: expected 1 to {len(NAMES)}, got {facts}")
@@ -49,8 +54,8 @@ def plant_facts(
     planted = [q + a + closing for q, a in zip(questions, answers, strict=True)]
     room = context_tokens - sum(len(p) for p in planted)
     if room < facts or len(text) < room:
-        raise ValueError(
-            f"context_tokens: no room for {facts} facts in {context_tokens} tokens with a text of"
+        raise TextError(
+            f"context: no room for {facts} facts in {context_tokens} tokens with a text of"
             f" {len(text)}"
         )
     cuts = [round(i * room / facts) for i in range(facts + 1)]

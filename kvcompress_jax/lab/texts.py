@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from kvcompress_jax.models.load import Model
+
 
 class TextError(ValueError):
     """A text that cannot be measured on."""
@@ -27,6 +29,19 @@ def load_text(path: str | Path | None = None) -> str:
     if not text.strip():
         raise TextError(f"{path}: expected some text, got none")
     return text
+
+
+def check_positions(model: Model, tokens: int) -> None:
+    """Refuses texts that are longer than what the model was made for.
+
+    Raises:
+      TextError: they are.
+    """
+    if tokens > model.config.max_positions:
+        raise TextError(
+            f"{model.name}: expected at most {model.config.max_positions} tokens, the positions of"
+            f" the model, got {tokens}"
+        )
 
 
 def take_tokens(tokens: list[int], count: int, *, name: str) -> list[int]:

@@ -233,7 +233,16 @@ class KVCacheManager:
                     self._demote(page, draft, cache)
         candidates = self.pages.values() if len(self.host) else ()
         for page in levels.hot(candidates, self.host, self.config):
-            if len(draft.uploads) == UPLOADS or not self._promote(page, draft):
+            if len(draft.uploads) == UPLOADS:
+                break
+            cold = levels.coldest(self.pages.values())
+            if (
+                self.chunks.free < self._missing_chunks
+                and cold
+                and levels.displaces(page, cold[0], self.config)
+            ):
+                self._demote(cold[0], draft, cache)
+            if not self._promote(page, draft):
                 break
         for page in self._due():
             if len(draft.seals) == ENTRIES or not self._seal(page, draft, cache):
@@ -444,6 +453,11 @@ class KVCacheManager:
     def _chunks_for(self, level: int) -> int:
         return self.layout.layers if level == 1 else len(self.floors)
 
+    @property
+    def _missing_chunks(self) -> int:
+        """What a page at level 2 needs for level 1."""
+        return self._chunks_for(1) - self._chunks_for(2)
+
     def _take_chunks(self, level: int) -> tuple[int, ...]:
         ids = iter(self.chunks.take(self._chunks_for(level)))
         layers = range(self.layout.layers)
@@ -488,10 +502,11 @@ class KVCacheManager:
 
     def _promote(self, page: Page, draft: Draft) -> bool:
         """Plans a promotion; False when it must be refused."""
-        missing = self._chunks_for(1) - self._chunks_for(2)
-        if page.level != 2 or page.uid not in self.host or self.chunks.free < missing:
+        if page.level != 2 or page.uid not in self.host:
             return False
-        ids = iter(self.chunks.take(missing))
+        if self.chunks.free < self._missing_chunks:
+            return False
+        ids = iter(self.chunks.take(self._missing_chunks))
         new = tuple(next(ids) if c == NONE else NONE for c in page.chunks)
         draft.uploads.append((new, self.host.take(page.uid)))
         page.chunks = tuple(max(a, b) for a, b in zip(page.chunks, new, strict=True))

@@ -47,6 +47,11 @@ def aged(pages: Collection[Page], ages: Iterable[int], config: CompressionConfig
     ]
 
 
+def displaces(page: Page, cold: Page, config: CompressionConfig) -> bool:
+    """Whether a page at level 2 may take the chunks of the coldest page at level 1."""
+    return page.heat > config.promote_heat * cold.heat
+
+
 def hot(pages: Collection[Page], kept: Container[int], config: CompressionConfig) -> list[Page]:
     """Pages at level 2 that deserve level 1 and whose fine planes are kept, hottest first.
 

@@ -123,6 +123,14 @@ def test_mistakes(capsys, model, text, tmp_path):
         (["eval", "--config", bad], f"{bad}: page_size: expected one of"),
         (["eval", "--model", tmp_path / "no.gguf", "--text", text], "no.gguf: no such file"),
         (["eval", "--model", binary, "--text", text], "binary.gguf: "),
+        (
+            ["eval", "--model", model, "--text", text, "--context", 64, "--continuation", 8],
+            "context: no room for 32 facts in 64 tokens",
+        ),
+        (
+            ["eval", "--model", model, "--text", text, "--context", 5000, "--facts", 0],
+            "tiny: expected at most 4096 tokens, the positions of the model, got 5256",
+        ),
         (["eval", "--model", model, "--text", short], "text: expected at least 1280 tokens"),
         (["eval", "--json", tmp_path / "no" / "x.json"], "x.json: expected a file in a folder"),
         (["demo", "--plot", tmp_path], "expected a file in a folder that can be written to"),
@@ -142,6 +150,14 @@ def one_line_and_code_2(result, message):
     assert error.startswith("kvcompress")
     assert error.count("\n") == 1
     assert "Traceback" not in error
+
+
+def test_a_missing_package_is_named(capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    one_line_and_code_2(run(capsys, "eval"), "is not installed: pip install 'kvcompress-jax[demo]'")
 
 
 def test_help(capsys):

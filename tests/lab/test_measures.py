@@ -59,7 +59,7 @@ def test_facts_are_planted_evenly_and_can_be_asked_for():
         places.append(context.index(whole))
     assert np.all(np.abs(np.diff(sorted(places)) - 200) < 20)
     assert len(set(map(tuple, facts.questions))) == 10
-    with pytest.raises(ValueError, match="context_tokens: no room for 10 facts in 100 tokens"):
+    with pytest.raises(TextError, match="context: no room for 10 facts in 100 tokens"):
         plant_facts(Letters(), text, context_tokens=100, facts=10)
 
 

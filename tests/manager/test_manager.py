@@ -135,6 +135,25 @@ def test_hot_pages_come_back_bit_for_bit_and_do_not_flap():
     manager.verify(cache)
 
 
+def test_a_hot_page_displaces_the_coldest_one():
+    config = CompressionConfig(page_size=16, window_tokens=0, host_bytes=10**6)
+    manager, cache, sequence = grown(config, sizes(chunks=2 * LAYERS), 32)
+    cache = grow(manager, cache, sequence, 16)
+    assert [p.level for p in manager.pages.values()] == [2, 1, 1]
+    heat = np.zeros(12, np.float32)
+    for page, value in zip(manager.pages.values(), (9.0, 3.0, 2.0), strict=True):
+        heat[page.sealed] = value
+    manager.report_heat(heat)
+    cache = manager.advance(cache)
+    assert [p.level for p in manager.pages.values()] == [1, 1, 2]
+    _, want, _ = grown(config, sizes(), 32)
+    for layer in range(LAYERS):
+        got = read_pages(cache, layer, jnp.int32(manager.pages[0].sealed))
+        exact = read_pages(want, layer, jnp.int32(0))
+        assert all(np.array_equal(a, b) for a, b in zip(got, exact, strict=True))
+    manager.verify(cache)
+
+
 def test_promotion_without_a_kept_plane_is_refused_and_counted():
     config = CompressionConfig(page_size=16, window_tokens=0)
     manager, cache, sequence = grown(config, sizes(), 32)
