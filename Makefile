@@ -18,7 +18,7 @@ test: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
 
 lint: $(VENV)/.dev
-	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/codec_speed.py $(BENCH_ARGS)

@@ -122,8 +122,10 @@ def verify(manager: KVCacheManager, cache: PagedCache) -> None:
         expect(f"{pool.name} used but free", [], [i for i in named if not pool.is_used(i)])
         expect(f"{pool.name} in use", len(named), pool.used)
     for page in pages:
-        owners = {s.id for s in manager.sequences.values() if page in s.pages}
-        expect(f"page {page.uid}: owners", owners, page.owners)
+        owners = {s.id: s.length for s in manager.sequences.values() if page in s.pages}
+        expect(f"page {page.uid}: owners", set(owners), page.owners)
+        if min(owners.values(), default=0) < (page.index + 1) * manager.layout.page_size:
+            expect(f"page {page.uid}, unfinished: number of owners", 1, len(owners))
     for sequence in manager.sequences.values():
         indices = [p.index for p in sequence.pages]
         expect(f"sequence {sequence.id}: order of pages", sorted(set(indices)), indices)

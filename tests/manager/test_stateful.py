@@ -233,7 +233,7 @@ def _fails(change):
 
     case = Broken.TestCase
     case.settings = settings(
-        max_examples=500,
+        max_examples=2000,
         stateful_step_count=50,
         deadline=None,
         database=None,
