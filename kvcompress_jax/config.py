@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvcompress_jax.calibrated.row import RowLayout
 from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceRule, ImportanceWeights
 from kvcompress_jax.paged.layout import PAGE_SIZES, CacheLayout
 
@@ -38,6 +39,8 @@ class CompressionConfig:
         the median of all sealed pages, while only pages no hotter than the median are demoted for
         their age (hysteresis); at least 1.
       heat_decay: what is left of a page's heat after a step; in (0, 1).
+      profile: file of a calibrated code (`kvcompress calibrate`): sealed pages then have level 3,
+        below all others, and `levels`, `ratio` and `seal_level` do not matter.
       weights: of the importance that orders the tokens of a page.
       magnitude: name of the magnitude score, see `kvcompress_jax.importance.MAGNITUDES`.
       attention: name of the attention score, see `kvcompress_jax.importance.ATTENTIONS`.
@@ -53,6 +56,7 @@ class CompressionConfig:
     demote_after_tokens: int | None = None
     floor_layers: tuple[int, ...] = ()
     host_bytes: int = 0
+    profile: str | None = None
     promote_heat: float = 2.0
     heat_decay: float = 0.95
     weights: ImportanceWeights = ImportanceWeights()
@@ -84,6 +88,10 @@ class CompressionConfig:
             f"None, or at least window_tokens={self.window_tokens} with levels=3",
             after,
         )
+        if self.profile is not None:
+            _check(not self.floor_layers, "floor_layers", "none with a profile", self.floor_layers)
+            _check(after is None, "demote_after_tokens", "None with a profile", after)
+            _check(self.levels > 1, "levels", "2 or 3 with a profile", self.levels)
         _check(self.host_bytes >= 0, "host_bytes", "at least 0", self.host_bytes)
         _check(self.promote_heat >= 1, "promote_heat", "at least 1", self.promote_heat)
         _check(self.magnitude in MAGNITUDES, "magnitude", list(MAGNITUDES), self.magnitude)
@@ -113,8 +121,8 @@ class CompressionConfig:
         `KVCOMPRESS_RECIPE` names the recipe to start from (default: balanced). Then come
         `VLLM_ENABLE_KV_COMPRESSION` (default 1), `VLLM_KV_COMPRESSION_RATIO` (0.5),
         `VLLM_KV_COMPRESSION_LEVELS` (3), `KVCOMPRESS_PAGE_SIZE`, `KVCOMPRESS_WINDOW_TOKENS`,
-        `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS` and
-        `KVCOMPRESS_HOST_BYTES`.
+        `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS`,
+        `KVCOMPRESS_HOST_BYTES` and `KVCOMPRESS_PROFILE`.
 
         Args:
           environ: variables to read.
@@ -167,7 +175,7 @@ class CompressionConfig:
                 raise ConfigError(f"{path}: {name}: no such field, expected one of {fields}")
             changes[name] = tuple(value) if isinstance(value, list) else value
             default = getattr(RECIPES["balanced"], name)
-            expected = int if default is None else type(default)
+            expected = _TYPES.get(name, type(default))
             got = type(changes[name])
             if got is not expected and not (expected is float and got is int):
                 raise ConfigError(f"{path}: {name}: expected {expected.__name__}, got {value!r}")
@@ -186,12 +194,20 @@ class CompressionConfig:
         """Whether attention mass is observed. It orders the tokens of pages that are refined in
         part, and says which pages to demote and promote; where neither can happen it is not worth
         its time and memory."""
-        return self.compresses and self.levels == 3 and self.seal_level == 1
+        partly = self.levels == 3 and self.seal_level == 1
+        return self.compresses and (partly or self.profile is not None)
 
     @property
     def fine_rows(self) -> int:
         """Tokens of a page, per head, that have 8 bits at level 1."""
-        return self.refined_tokens(self.page_size) if self.compresses else 0
+        if not self.compresses or self.profile is not None:
+            return 0
+        return self.refined_tokens(self.page_size)
+
+    @property
+    def sealed_level(self) -> int:
+        """Level of a page when it leaves the window."""
+        return self.seal_level if self.profile is None else 3
 
     @property
     def importance(self) -> ImportanceRule:
@@ -205,9 +221,16 @@ class CompressionConfig:
         return tokens if self.levels == 2 else max(1, round(self.ratio * tokens))
 
     def layout(
-        self, *, layers: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16"
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: str = "bfloat16",
+        rows: RowLayout | None = None,
     ) -> CacheLayout:
-        """The page layout of this configuration for a model's dimensions."""
+        """The page layout of this configuration for a model's dimensions; `rows` are those of its
+        profile."""
         return CacheLayout(
             layers=layers,
             kv_heads=kv_heads,
@@ -218,6 +241,7 @@ class CompressionConfig:
             sink_tokens=self.sink_tokens if self.compresses else 0,
             importance=self.importance,
             statistics=self.tracks_attention,
+            rows=rows,
         )
 
 
@@ -274,7 +298,11 @@ _VARIABLES = (
     ("KVCOMPRESS_SEAL_LEVEL", "seal_level", _whole),
     ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "demote_after_tokens", _whole),
     ("KVCOMPRESS_HOST_BYTES", "host_bytes", _whole),
+    ("KVCOMPRESS_PROFILE", "profile", str),
 )
+
+# Of fields whose default is None.
+_TYPES = {"demote_after_tokens": int, "profile": str}
 
 RECIPES = {
     "safe": CompressionConfig(levels=2),

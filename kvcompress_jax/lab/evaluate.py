@@ -133,7 +133,7 @@ class Evaluator:
         self.progress("timing")
         times = None
         if stats["effective_bits"] is not None:
-            times = time_pages(runner.layout, level=config.seal_level)
+            times = time_pages(runner.layout, level=config.sealed_level, code=runner.cache.code)
         return Evaluation(
             effective_bits=stats["effective_bits"] or float(8 * runner.layout.jax_dtype.itemsize),
             cache_bits=stats["cache_bits"] or math.nan,

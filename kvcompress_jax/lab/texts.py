@@ -1,6 +1,7 @@
 """Texts to measure on."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvcompress_jax.models.load import Model
@@ -53,3 +54,28 @@ def take_tokens(tokens: list[int], count: int, *, name: str) -> list[int]:
     if len(tokens) < count:
         raise TextError(f"{name}: expected at least {count} tokens, got {len(tokens)}")
     return tokens[:count]
+
+
+def take_samples(model: Model, texts: Sequence[str], *, count: int, tokens: int) -> list[list[int]]:
+    """Pieces of texts, spread evenly over each, the texts in turn.
+
+    Args:
+      model: with a tokenizer.
+      texts: to take them from.
+      count: of the samples.
+      tokens: of each.
+
+    Raises:
+      TextError: a text is too short for its samples, or the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise TextError(f"{model.name}: expected a model with a tokenizer")
+    samples = []
+    for i, text in enumerate(texts):
+        own = len(range(i, count, len(texts)))
+        every = model.tokenizer.encode(text)
+        if len(every) < own * tokens:
+            raise TextError(f"text: expected at least {own * tokens} tokens, got {len(every)}")
+        gap = (len(every) - tokens) // max(1, own - 1)
+        samples += [every[j * gap : j * gap + tokens] for j in range(own)]
+    return samples

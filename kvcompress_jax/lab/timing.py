@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kvcompress_jax.calibrated.code import CalibratedCode
 from kvcompress_jax.paged import (
     CacheLayout,
     PagedCache,
@@ -30,12 +31,15 @@ class PageTimes:
     decompress_ms_per_1k_tokens: float
 
 
-def time_pages(layout: CacheLayout, *, level: int, repeats: int = 5) -> PageTimes:
+def time_pages(
+    layout: CacheLayout, *, level: int, code: CalibratedCode | None = None, repeats: int = 5
+) -> PageTimes:
     """Times `seal` and `decode_pages` on random pages.
 
     Args:
       layout: of the cache.
-      level: 1 or 2.
+      level: 1, 2 or 3.
+      code: of level 3.
       repeats: timed runs, after one that is not.
     """
     fine = level == 1 and layout.fine_rows > 0
@@ -45,7 +49,7 @@ def time_pages(layout: CacheLayout, *, level: int, repeats: int = 5) -> PageTime
         fine_chunks=PAGES * layout.layers if fine else 0,
         sink_slots=0,
     )
-    cache = init_cache(layout, sizes)
+    cache = init_cache(layout, sizes, code)
     cache = dataclasses.replace(
         cache, raw=jax.random.normal(jax.random.key(0), cache.raw.shape).astype(cache.raw.dtype)
     )
@@ -55,6 +59,7 @@ def time_pages(layout: CacheLayout, *, level: int, repeats: int = 5) -> PageTime
         raw=pages,
         page=pages,
         chunks=chunk if fine else jnp.full_like(chunk, -1),
+        first=jnp.zeros((PAGES,), jnp.int32),
         sink=jnp.full((PAGES,), -1, jnp.int32),
         count=jnp.int32(PAGES),
     )

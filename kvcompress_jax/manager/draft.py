@@ -22,7 +22,10 @@ class Draft:
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # source, target
     tables: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # page: chunks
     uploads: list[tuple[tuple[int, ...], np.ndarray]] = dataclasses.field(default_factory=list)
-    seals: list[tuple[int, int, tuple[int, ...], int]] = dataclasses.field(default_factory=list)
+    # raw, sealed, chunks, position of the first token, sink
+    seals: list[tuple[int, int, tuple[int, ...], int, int]] = dataclasses.field(
+        default_factory=list
+    )
 
     def build(self, layout: CacheLayout) -> Plan | None:
         """The plan, or None when there is nothing in it."""
@@ -48,7 +51,8 @@ class Draft:
                 raw=_padded([s[0] for s in self.seals]),
                 page=_padded([s[1] for s in self.seals]),
                 chunks=_padded([s[2] for s in self.seals], layout.layers),
-                sink=_padded([s[3] for s in self.seals]),
+                first=_padded([s[3] for s in self.seals]),
+                sink=_padded([s[4] for s in self.seals]),
                 count=_count(self.seals),
             )
             if self.seals

@@ -451,7 +451,7 @@ class KVCacheManager:
         return list(due.values())
 
     def _chunks_for(self, level: int) -> int:
-        return self.layout.layers if level == 1 else len(self.floors)
+        return {1: self.layout.layers, 2: len(self.floors), 3: 0}[level]
 
     @property
     def _missing_chunks(self) -> int:
@@ -468,7 +468,7 @@ class KVCacheManager:
         first = page.index == 0 and self.layout.sink_tokens > 0
         if not self.sealed.free or (first and not self.sinks.free):
             return False
-        level = self.config.seal_level
+        level = self.config.sealed_level
         if level == 1:
             # Under pressure the coldest pages make room for the new one.
             for cold in levels.coldest(self.pages.values()):
@@ -486,7 +486,8 @@ class KVCacheManager:
             (page.sink,) = self.sinks.take()
         page.level, page.heat, page.pending = level, 0.0, True
         self._pending.append(page)
-        draft.seals.append((page.raw, page.sealed, page.chunks, page.sink))
+        first_token = page.index * self.layout.page_size
+        draft.seals.append((page.raw, page.sealed, page.chunks, first_token, page.sink))
         return True
 
     def _demote(self, page: Page, draft: Draft, cache: PagedCache | None) -> None:
@@ -524,4 +525,4 @@ def _what_is_not_finite(cache: PagedCache, page: Page) -> str:
                 check_finite(name, x[None], layer=layer, first_page=page.index)
             except NonFiniteError as e:
                 return str(e)
-    return f"page {page.index}: all values are finite now"
+    return f"page {page.index}: expected values that a calibrated code can hold"

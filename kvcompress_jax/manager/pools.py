@@ -40,7 +40,7 @@ def divide_budget(
     raw = _raw_pages(layout, config, step_tokens)
     raw += (max_sequences - 1) * _raw_pages(layout, config, 1)
     fixed = raw * layout.raw_page_bytes + max_sequences * layout.sink_slot_bytes
-    chunks_per_page = layout.layers if config.seal_level == 1 else len(set(config.floor_layers))
+    chunks_per_page = _chunks_per_page(layout, config)
     per_page = layout.sealed_page_bytes + chunks_per_page * layout.fine_chunk_bytes
     sealed = (budget_bytes - fixed) // per_page
     if sealed < max_sequences:
@@ -78,7 +78,7 @@ def pools_for_tokens(
         return PoolSizes(
             raw_pages=pages + max_sequences, sealed_pages=0, fine_chunks=0, sink_slots=0
         )
-    chunks_per_page = layout.layers if config.seal_level == 1 else len(set(config.floor_layers))
+    chunks_per_page = _chunks_per_page(layout, config)
     return PoolSizes(
         raw_pages=_raw_pages(layout, config, step_tokens)
         + (max_sequences - 1) * _raw_pages(layout, config, 1),
@@ -86,6 +86,11 @@ def pools_for_tokens(
         fine_chunks=pages * chunks_per_page,
         sink_slots=max_sequences,
     )
+
+
+def _chunks_per_page(layout: CacheLayout, config: CompressionConfig) -> int:
+    """Fine chunks of a page at the level that it is sealed at."""
+    return layout.layers if config.sealed_level == 1 else len(set(config.floor_layers))
 
 
 def _raw_pages(layout: CacheLayout, config: CompressionConfig, step_tokens: int) -> int:

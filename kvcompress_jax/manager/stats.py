@@ -35,6 +35,7 @@ class CompressionStats(TypedDict):
     pages_level_0: int
     pages_level_1: int
     pages_level_2: int
+    pages_level_3: int
     seals: int
     rejected: int
     demotions: int
@@ -82,6 +83,7 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
         pages_level_0=levels[0],
         pages_level_1=levels[1],
         pages_level_2=levels[2],
+        pages_level_3=levels[3],
         seals=counts.seals,
         rejected=counts.rejected,
         demotions=counts.demotions,
@@ -137,7 +139,8 @@ def verify(manager: KVCacheManager, cache: PagedCache) -> None:
         )
     expect("sizes of the pools", manager.sizes, cache.sizes)
     scalar = cache.rejected.nbytes
-    live = sum(x.nbytes for x in jax.tree.leaves(cache)) - scalar
+    code_bytes = cache.code.nbytes if cache.code is not None else 0
+    live = sum(x.nbytes for x in jax.tree.leaves(cache)) - scalar - code_bytes
     expect("bytes of the pools", manager.sizes.total_bytes(manager.layout), live)
     fine_of, sealed = np.asarray(cache.fine_of), np.asarray(cache.sealed)
     for page in pages:

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.models.config import FrequencyDivisors, LinearScaling, Llama3Scaling, Rope
+from kvcompress_jax.models.config import (
+    DecoderConfig,
+    FrequencyDivisors,
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+)
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -34,6 +40,13 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
             keep = np.clip((turns - low) / (high - low), 0, 1)
             scaled = plain * (keep + (1 - keep) / scaling.factor)
     return scaled.astype(np.float32)
+
+
+def layer_frequencies(config: DecoderConfig) -> jax.Array:
+    """f32[layers, head_dim / 2]: the angles per position of each layer's RoPE."""
+    ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
+    tables = [frequencies(rope, config.head_dim) for rope in ropes]
+    return jnp.stack([jnp.asarray(tables[min(w, len(tables) - 1)]) for w in config.layer_windows])
 
 
 def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> jax.Array:

@@ -1,8 +1,11 @@
 """A decoder on the paged cache: one call is one step of a serving loop."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Sequence as ListOf
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.decoder import decode, logits
 from kvcompress_jax.models.load import Model
 from kvcompress_jax.models.params import DecoderParams
+from kvcompress_jax.models.rope import layer_frequencies
 from kvcompress_jax.paged import (
     CacheLayout,
     PagedCache,
@@ -26,6 +30,9 @@ from kvcompress_jax.paged import (
     observe,
 )
 from kvcompress_jax.paged.host_arrays import HostArray
+
+if TYPE_CHECKING:
+    from kvcompress_jax.calibrated.profile import Profile
 
 
 @jax.tree_util.register_dataclass
@@ -132,6 +139,7 @@ class Runner:
         max_sequences: int,
         kv_dtype: str = "bfloat16",
         chunk_tokens: int = 256,
+        profile: Profile | None = None,
     ) -> None:
         """Allocates the cache.
 
@@ -142,14 +150,16 @@ class Runner:
           max_sequences: that are on the device at the same time.
           kv_dtype: of level 0.
           chunk_tokens: most tokens of a prompt in a step.
+          profile: what `config.profile` names (`read_profile`).
         """
         self.model = model
         self.config = config
         self.chunk_tokens = chunk_tokens
         self.max_sequences = max_sequences
-        self.layout = cache_layout(model.config, config, kv_dtype)
+        self.layout = cache_layout(model.config, config, kv_dtype, profile)
         self.manager = KVCacheManager(self.layout, sizes, config, max_sequences=max_sequences)
-        self.cache = init_cache(self.layout, sizes)
+        code = None if profile is None else profile.code(layer_frequencies(model.config))
+        self.cache = init_cache(self.layout, sizes, code)
 
     def advance(self) -> None:
         """Applies what the manager has due; call it before every `forward`."""
@@ -260,8 +270,9 @@ def make_runner(
       chunk_tokens: most tokens of a prompt in a step.
       kv_dtype: of level 0.
     """
+    profile = read_profile(config, model)
     sizes = pools_for_tokens(
-        cache_layout(model.config, config, kv_dtype),
+        cache_layout(model.config, config, kv_dtype, profile),
         config,
         tokens=tokens,
         max_sequences=max_sequences,
@@ -274,14 +285,35 @@ def make_runner(
         max_sequences=max_sequences,
         kv_dtype=kv_dtype,
         chunk_tokens=chunk_tokens,
+        profile=profile,
     )
 
 
-def cache_layout(decoder: DecoderConfig, config: CompressionConfig, kv_dtype: str) -> CacheLayout:
+def read_profile(config: CompressionConfig, model: Model) -> Profile | None:
+    """What `config.profile` names, checked against the model; None without one.
+
+    Raises:
+      ProfileError: it cannot be read, or is of another model.
+    """
+    if config.profile is None or not config.compresses:
+        return None
+    # Only now: safetensors is not needed otherwise.
+    from kvcompress_jax.calibrated.profile import load_profile
+
+    return load_profile(config.profile, model.config, model.fingerprint)
+
+
+def cache_layout(
+    decoder: DecoderConfig,
+    config: CompressionConfig,
+    kv_dtype: str,
+    profile: Profile | None = None,
+) -> CacheLayout:
     """The page layout of a configuration for a model."""
     return config.layout(
         layers=decoder.num_layers,
         kv_heads=decoder.num_kv_heads,
         head_dim=decoder.head_dim,
         dtype=kv_dtype,
+        rows=None if profile is None else profile.rows,
     )

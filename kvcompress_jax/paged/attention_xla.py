@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcompress_jax.paged.cache import PagedCache
-from kvcompress_jax.paged.read import decode_pages
+from kvcompress_jax.paged.read import decode_pages, slot_tokens
 from kvcompress_jax.paged.table import PageTable
 
 # Numbers that the keys of one block hold: 4 MiB as float32. Larger blocks leave the caches of a CPU
@@ -99,7 +99,7 @@ def attend_xla(
         coded = ~exact[:, :, None] | (offsets >= layout.sink_tokens)[None, None, :]
         mask = mask & coded[:, None, None, :, :]
         if window is not None:  # sealed tokens are always past: only a window needs positions
-            token = index[:, :, None, None] * page_size + cache.order[layer, ids].astype(jnp.int32)
+            token = index[:, :, None, None] * page_size + slot_tokens(cache, layer, ids)
             mask = mask & visible(token.transpose(0, 2, 1, 3)[:, :, None])
         return logits_of(keys), mask, values
 

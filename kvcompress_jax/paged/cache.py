@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from kvcompress_jax.calibrated import CalibratedCode
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
 
@@ -28,10 +29,13 @@ class PagedCache:
     order: jax.Array
     fine: jax.Array
     fine_of: jax.Array
+    refined: jax.Array
+    first: jax.Array
     sinks: jax.Array
     sealed: jax.Array
     heat: jax.Array
     rejected: jax.Array  # i32[]: pages that were left at level 0 because a value was not finite
+    code: CalibratedCode | None  # of level 3; not a pool, and the same for every cache of a model
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
 
     @property
@@ -45,11 +49,35 @@ class PagedCache:
         )
 
 
-def init_cache(layout: CacheLayout, sizes: PoolSizes) -> PagedCache:
-    """An empty cache. Every pool is allocated at once and never grows."""
+def init_cache(
+    layout: CacheLayout, sizes: PoolSizes, code: CalibratedCode | None = None
+) -> PagedCache:
+    """An empty cache. Every pool is allocated at once and never grows.
+
+    Args:
+      layout: of a page.
+      sizes: of the pools.
+      code: of level 3; exactly where the layout has rows.
+
+    Raises:
+      ValueError: a layout with rows without a code, or the other way round.
+    """
+    if (code is None) != (layout.rows is None):
+        raise ValueError(
+            f"code: expected {'none' if layout.rows is None else 'a calibrated code'} for a layout"
+            f" with rows={layout.rows}, got {'none' if code is None else 'one'}"
+        )
     layers, heads, dim = layout.layers, layout.kv_heads, layout.head_dim
     page, pages = layout.page_size, sizes.sealed_pages
     counted = sizes.raw_pages if layout.statistics else 0
+    base_shape: tuple[int, ...] = (layers, pages, 2, heads, page, dim // 2)
+    refined_shape: tuple[int, ...] = (layers, 0, heads, 0, 2, 0)
+    coded, placed = pages, 0  # pages with scales and order, and pages that know their position
+    if layout.rows is not None:
+        base_shape = (layers, pages, heads, page, layout.rows.row_bytes(dim))
+        count = layout.rows.refined_tokens(page)
+        refined_shape = (layers, pages, heads, count, 2, layout.rows.refined_bytes(dim))
+        coded, placed = 0, pages
 
     def scale(*shape: int) -> Scale:
         return Scale(step=jnp.zeros(shape, jnp.bfloat16), zero=jnp.zeros(shape, jnp.float16))
@@ -58,17 +86,20 @@ def init_cache(layout: CacheLayout, sizes: PoolSizes) -> PagedCache:
         raw=jnp.zeros((layers, sizes.raw_pages, 2, heads, page, dim), layout.jax_dtype),
         mass=jnp.zeros((layers, counted, heads, page), jnp.float32),
         seen=jnp.zeros((layers, counted, page), jnp.float32),
-        base=jnp.zeros((layers, pages, 2, heads, page, dim // 2), jnp.uint8),
-        key_scale=scale(layers, pages, heads, dim),
-        value_scale=scale(layers, pages, heads, page),
-        order=jnp.zeros((layers, pages, heads, page), jnp.uint8),
+        base=jnp.zeros(base_shape, jnp.uint8),
+        key_scale=scale(layers, coded, heads, dim),
+        value_scale=scale(layers, coded, heads, page),
+        order=jnp.zeros((layers, coded, heads, page), jnp.uint8),
         fine=jnp.zeros((sizes.fine_chunks, 2, heads, layout.fine_rows, dim // 2), jnp.uint8),
         fine_of=jnp.full((layers, pages), -1, jnp.int32),
+        refined=jnp.zeros(refined_shape, jnp.uint8),
+        first=jnp.zeros((placed,), jnp.int32),
         sinks=jnp.zeros(
             (layers, sizes.sink_slots, 2, heads, layout.sink_tokens, dim), layout.jax_dtype
         ),
         sealed=jnp.zeros((pages,), jnp.bool),
         heat=jnp.zeros((pages,), jnp.float32),
         rejected=jnp.zeros((), jnp.int32),
+        code=code,
         layout=layout,
     )

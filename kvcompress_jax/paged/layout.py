@@ -14,6 +14,12 @@ Pools of one cache (layers share page ids):
     sinks   [layers, sink_slots, 2, heads, sink_tokens, dim]      dtype   exact first tokens
     sealed, heat [sealed_pages]                                   bool, f32
 
+With a calibrated code (level 3) there are no scales, order and fine chunks, and instead
+
+    base     [layers, sealed_pages, heads, page_size, row_bytes]                u8
+    refined  [layers, sealed_pages, heads, refined_tokens, 2, refined_bytes]    u8
+    first    [sealed_pages]                   i32, position of the page's first token
+
 `mass` and `seen` have no pages in a cache without statistics.
 
 Index 0 of an axis of 2 is the key, 1 the value. A fine chunk belongs to one layer of one page,
@@ -25,6 +31,7 @@ import math
 
 import jax.numpy as jnp
 
+from kvcompress_jax.calibrated.row import RowLayout
 from kvcompress_jax.importance import ImportanceRule
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -48,6 +55,7 @@ class CacheLayout:
       importance: how the tokens of a page are ordered.
       statistics: whether raw pages keep count of the attention that their tokens receive; without,
         a page's tokens are ordered by their error alone.
+      rows: of the calibrated code that sealed pages have; None: base and fine planes.
     """
 
     layers: int
@@ -59,6 +67,7 @@ class CacheLayout:
     sink_tokens: int = 4
     importance: ImportanceRule = ImportanceRule()
     statistics: bool = True
+    rows: RowLayout | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim"):
@@ -79,6 +88,9 @@ class CacheLayout:
                 f"sink_tokens: expected 0 to {self.page_size - 1} (page_size - 1),"
                 f" got {self.sink_tokens}"
             )
+
+        if self.rows is not None and self.fine_rows:
+            raise ValueError(f"fine_rows: expected 0 with a calibrated code, got {self.fine_rows}")
 
     @property
     def jax_dtype(self) -> jnp.dtype:
@@ -103,10 +115,20 @@ class CacheLayout:
     @property
     def sealed_page_bytes(self) -> int:
         """A sealed page of all layers without fine chunks: base plane, scales, order, tables."""
+        if self.rows is not None:
+            return self.layers * (self._row_page_bytes + INDEX_BYTES) + 1 + 4 + INDEX_BYTES
         base = self.values_per_page // 2
         scales = self.kv_heads * (self.head_dim + self.page_size) * SCALE_BYTES
         order = self.kv_heads * self.page_size
         return self.layers * (base + scales + order + INDEX_BYTES) + 1 + 4  # sealed, heat
+
+    @property
+    def _row_page_bytes(self) -> int:
+        """One layer of a page at level 3."""
+        assert self.rows is not None
+        tokens = self.page_size * self.rows.row_bytes(self.head_dim)
+        refined = self.rows.refined_tokens(self.page_size)
+        return self.kv_heads * (tokens + refined * 2 * self.rows.refined_bytes(self.head_dim))
 
     @property
     def fine_chunk_bytes(self) -> int:

@@ -1,8 +1,11 @@
 """Sealed pages back to keys and values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from kvcompress_jax.calibrated import CalibratedCode, RowLayout, decode_rows
 from kvcompress_jax.codec import Scale, reconstruct, refine, unpack
 from kvcompress_jax.paged.cache import PagedCache
 
@@ -19,9 +22,12 @@ def decode_pages(
       live: bool[...]: pages to decode; the others read as zeros, whatever they hold. None: all.
 
     Returns:
-      keys and values, f32[..., heads, page_size, dim]; slot j holds token `cache.order[..., j]`.
+      keys and values, f32[..., heads, page_size, dim]; slot j holds token
+      `slot_tokens(...)[..., j]`.
     """
     layout = cache.layout
+    if cache.code is not None and layout.rows is not None:
+        return _decode_row_pages(cache, cache.code.at(layer), layout.rows, layer, ids, live)
     codes = unpack(cache.base[layer, ids])  # [..., 2, heads, page_size, dim]
     key_scale = _scale_of(cache.key_scale, layer, ids, live)
     value_scale = _scale_of(cache.value_scale, layer, ids, live)
@@ -44,11 +50,38 @@ def read_pages(
     for them is the code of the nearest values in range.
     """
     keys, values = decode_pages(cache, layer, ids)
-    slot_of_token = jnp.argsort(cache.order[layer, ids].astype(jnp.int32), axis=-1)[..., None]
+    slot_of_token = jnp.argsort(slot_tokens(cache, layer, ids), axis=-1)[..., None]
     return (
         jnp.take_along_axis(keys, slot_of_token, axis=-2),
         jnp.take_along_axis(values, slot_of_token, axis=-2),
     )
+
+
+def slot_tokens(cache: PagedCache, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
+    """i32[..., heads, page_size]: the token of its page that each slot of sealed pages holds."""
+    layout = cache.layout
+    if layout.rows is None:
+        return cache.order[layer, ids].astype(jnp.int32)
+    tokens = jnp.arange(layout.page_size, dtype=jnp.int32)
+    return jnp.broadcast_to(tokens, (*ids.shape, layout.kv_heads, layout.page_size))
+
+
+def _decode_row_pages(
+    cache: PagedCache,
+    code: CalibratedCode,
+    rows: RowLayout,
+    layer: jax.Array | int,
+    ids: jax.Array,
+    live: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    flat = ids.reshape(-1)
+    one = functools.partial(decode_rows, code=code, rows=rows)
+    decoded = jax.vmap(one)(cache.base[layer, flat], cache.refined[layer, flat], cache.first[flat])
+    keys, values = (x.reshape(*ids.shape, *x.shape[1:]) for x in decoded)
+    if live is None:
+        return keys, values
+    live = live[..., None, None, None]
+    return jnp.where(live, keys, 0.0), jnp.where(live, values, 0.0)
 
 
 def _scale_of(

@@ -36,10 +36,12 @@ class RawImage:
 class SealedImage:
     """What m sealed pages hold; without a chunk or sink slot `fine` or `sinks` mean nothing."""
 
-    base: jax.Array  # u8[m, layers, 2, heads, page_size, dim/2]
+    base: jax.Array  # u8[m, layers, 2, heads, page_size, dim/2], or rows
     key_scale: Scale  # [m, layers, heads, dim]
     value_scale: Scale  # [m, layers, heads, page_size]
     order: jax.Array  # u8[m, layers, heads, page_size]
+    refined: jax.Array  # u8[m, layers, heads, refined_tokens, 2, refined_bytes]
+    first: jax.Array  # i32[m]
     heat: jax.Array  # f32[m]
     fine: jax.Array  # u8[m, layers, 2, heads, fine_rows, dim/2]
     sinks: jax.Array  # [m, layers, 2, heads, sink_tokens, dim]
@@ -67,6 +69,8 @@ def export_pages(cache: PagedCache, ids: PageIds) -> tuple[RawImage, SealedImage
         key_scale=jax.tree.map(lambda pool: pick(pool, ids.sealed), cache.key_scale),
         value_scale=jax.tree.map(lambda pool: pick(pool, ids.sealed), cache.value_scale),
         order=pick(cache.order, ids.sealed),
+        refined=pick(cache.refined, ids.sealed),
+        first=pick(cache.first[None], ids.sealed)[:, 0],
         heat=pick(cache.heat[None], ids.sealed)[:, 0],
         fine=fine,
         sinks=pick(cache.sinks, ids.sink),
@@ -100,6 +104,8 @@ def import_pages(cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedI
         key_scale=jax.tree.map(put_sealed, cache.key_scale, sealed.key_scale),
         value_scale=jax.tree.map(put_sealed, cache.value_scale, sealed.value_scale),
         order=put_sealed(cache.order, sealed.order),
+        refined=put_sealed(cache.refined, sealed.refined),
+        first=put_sealed(cache.first[None], sealed.first[:, None])[0],
         heat=cache.heat.at[page].set(sealed.heat, mode="drop"),
         sealed=cache.sealed.at[page].set(True, mode="drop"),
         fine=fine,

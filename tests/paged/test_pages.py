@@ -58,6 +58,7 @@ def sealing(*entries, layers=3, n=4):
         raw=jnp.array([e[0] for e in entries] + [-1] * pad, jnp.int32),
         page=jnp.array([e[1] for e in entries] + [-1] * pad, jnp.int32),
         chunks=jnp.array([e[2] for e in entries] + [[-1] * layers] * pad, jnp.int32),
+        first=jnp.zeros((n,), jnp.int32),
         sink=jnp.array([e[3] for e in entries] + [-1] * pad, jnp.int32),
         count=jnp.int32(len(entries)),
     )

@@ -1,0 +1,166 @@
+"""From statistics to a code: basis, steps and bits of one layer's keys.
+
+Plain NumPy in float64: it runs once per model, and eigenvectors deserve the precision.
+"""
+
+import dataclasses
+import heapq
+
+import numpy as np
+
+from kvcompress_jax.calibrated.code import PER_OCTAVE
+
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # bits that a component can have
+# Steps that are tried, in units of the best one for normally distributed components.
+NORMAL_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 8: 0.031}
+FACTORS = np.geomspace(0.5, 2.5, 12)
+WIDE_FACTORS = np.geomspace(0.75, 3.75, 12)  # of 6 bits and more: tails matter
+SMALLEST_SHARE = 1e-4  # of the metric's largest eigenvalue: no direction is free
+PASSES = 2  # which components count in a token's scale depends on the bits, and they on the scale
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyFit:
+    """The code of the keys of one head.
+
+    Attributes:
+      mean: f64[dim].
+      encode: f64[dim, components].
+      decode: f64[components, dim], the inverse of `encode`.
+      scale: f64[components], typical size of each.
+      step: f64[components], for tokens of scale 1; 0 without bits.
+      widths: int[components].
+    """
+
+    mean: np.ndarray
+    encode: np.ndarray
+    decode: np.ndarray
+    scale: np.ndarray
+    step: np.ndarray
+    widths: np.ndarray
+
+
+def metric_basis(keys: np.ndarray, metric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The principal components of keys in a metric.
+
+    With A the square root of the metric, they are the eigenvectors U of `A Cov(k) A`; components
+    `z = k A U` are uncorrelated, and their squared error is the error in the metric.
+
+    Args:
+      keys: [tokens, dim], of mean 0.
+      metric: [dim, dim], positive semidefinite.
+
+    Returns:
+      encode f64[dim, components] and its inverse, the component of the largest variance first.
+    """
+    size, directions = np.linalg.eigh(metric.astype(np.float64))
+    top = max(float(size[-1]), np.finfo(np.float64).tiny)
+    size = np.maximum(size, SMALLEST_SHARE * top)
+    root = (directions * np.sqrt(size)) @ directions.T
+    inverse = (directions / np.sqrt(size)) @ directions.T
+    covariance = keys.T.astype(np.float64) @ keys / len(keys)
+    _, basis = np.linalg.eigh(root @ covariance @ root)
+    basis = basis[:, ::-1]
+    return root @ basis, basis.T @ inverse
+
+
+def fit_keys(keys: np.ndarray, metric: np.ndarray, *, bits: int) -> KeyFit:
+    """Fits the code of one head.
+
+    Args:
+      keys: f32[tokens, dim], before RoPE.
+      metric: f32[dim, dim] (`kvcompress_jax.calibrated.metric`).
+      bits: of a token's codes together.
+    """
+    mean = keys.mean(axis=0, dtype=np.float64)
+    centred = keys - mean
+    encode, decode = metric_basis(centred, metric)
+    z = centred @ encode
+    scale = np.maximum(np.sqrt((z**2).mean(axis=0)), np.finfo(np.float32).tiny)
+    coded = np.ones(z.shape[1], bool)
+    for _ in range(PASSES):
+        token = _token_scale(z[:, coded], scale[coded])
+        distortion, steps = _distortions(z / token, token**2)
+        widths = allocate(distortion, bits)
+        coded = widths > 0
+    at = np.searchsorted(WIDTHS, widths)
+    components = np.arange(z.shape[1])
+    return KeyFit(
+        mean=mean,
+        encode=encode,
+        decode=decode,
+        scale=scale,
+        step=steps[at, components],
+        widths=widths,
+    )
+
+
+def _token_scale(z: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """[tokens, 1], as a byte says it."""
+    relative = z / np.maximum(scale, np.finfo(np.float32).tiny)
+    size = np.sqrt((relative**2).mean(axis=1, keepdims=True))
+    return np.exp2(np.round(np.log2(np.maximum(size, 1e-30)) * PER_OCTAVE) / PER_OCTAVE)
+
+
+def quantize(z: np.ndarray, step: np.ndarray, width: int) -> np.ndarray:
+    """Mid-rise quantisation to 2 ** width levels around 0."""
+    top = 2**width - 1
+    code = np.clip(np.floor(z / step + (top + 1) / 2), 0, top)
+    return (code - top / 2) * step
+
+
+def _distortions(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f64[widths, components]: mean squared error at the best step, and that step.
+
+    Args:
+      z: [tokens, components], of tokens scaled to 1.
+      weight: [tokens, 1], the square of what they were scaled by.
+    """
+    spread = np.maximum(np.sqrt((z**2).mean(axis=0)), np.finfo(np.float32).tiny)
+    distortion = np.full((len(WIDTHS), z.shape[1]), np.inf)
+    steps = np.zeros_like(distortion)
+    distortion[0] = (weight * z**2).mean(axis=0)
+    for i, width in enumerate(WIDTHS[1:], start=1):
+        for factor in WIDE_FACTORS if width >= 6 else FACTORS:
+            step = spread * NORMAL_STEP[width] * factor
+            error = (weight * (z - quantize(z, step, width)) ** 2).mean(axis=0)
+            better = error < distortion[i]
+            distortion[i] = np.where(better, error, distortion[i])
+            steps[i] = np.where(better, step, steps[i])
+    return distortion, steps
+
+
+def allocate(distortion: np.ndarray, bits: int) -> np.ndarray:
+    """Bits per component, greedily to where a bit takes away most error.
+
+    Args:
+      distortion: [widths, components], of `WIDTHS`; need not fall with every bit.
+      bits: to hand out; as many as help.
+
+    Returns:
+      int[components], of sum at most `bits`.
+    """
+    components = distortion.shape[1]
+    at = np.zeros(components, int)
+
+    def best(c: int, left: int) -> tuple[float, int, int] | None:
+        gains = [
+            ((distortion[at[c], c] - distortion[j, c]) / (WIDTHS[j] - WIDTHS[at[c]]), j)
+            for j in range(at[c] + 1, len(WIDTHS))
+            if WIDTHS[j] - WIDTHS[at[c]] <= left
+        ]
+        gain, j = max(gains, default=(0.0, 0))
+        return (-gain, c, j) if gain > 0 else None
+
+    left = bits
+    heap = [entry for c in range(components) if (entry := best(c, left)) is not None]
+    heapq.heapify(heap)
+    while heap:
+        _, c, j = heapq.heappop(heap)
+        price = WIDTHS[j] - WIDTHS[at[c]]
+        if price <= left:
+            left -= price
+            at[c] = j
+        if (entry := best(c, left)) is not None:  # never one that costs more than what is left
+            heapq.heappush(heap, entry)
+    return np.array(WIDTHS)[at]

@@ -1,0 +1,47 @@
+"""Full raw pages to rows of the calibrated code."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kvcompress_jax.calibrated import CalibratedCode, RowLayout, encode_rows
+from kvcompress_jax.paged.cache import PagedCache
+
+
+def seal_rows(
+    cache: PagedCache,
+    code: CalibratedCode,
+    rows: RowLayout,
+    kv: jax.Array,
+    attention: tuple[jax.Array, jax.Array],
+    exact: jax.Array,
+    first: jax.Array,
+    page: jax.Array,
+) -> PagedCache:
+    """Codes one page of all layers and writes it.
+
+    Args:
+      cache: updated in place under donation.
+      code: of all layers.
+      rows: of the layout.
+      kv: [layers, 2, heads, page_size, dim], of the raw page.
+      attention: f32[layers, heads, page_size] received so far, and f32[layers, page_size] queries
+        that could see each token.
+      exact: bool[page_size], tokens that are kept exactly elsewhere.
+      first: i32[], position of the page's first token.
+      page: i32[] to write; one that is too large drops everything.
+    """
+    mass, seen = attention
+    mean = mass / jnp.maximum(seen, 1.0)[:, None]
+    encoder = functools.partial(encode_rows, rows=rows)
+    row, refined = jax.vmap(encoder, in_axes=(0, 0, 0, None, None, 0))(
+        kv[:, 0], kv[:, 1], mean, exact, first, code
+    )
+    return dataclasses.replace(
+        cache,
+        base=cache.base.at[:, page].set(row, mode="drop"),
+        refined=cache.refined.at[:, page].set(refined, mode="drop"),
+        first=cache.first.at[page].set(first, mode="drop"),
+    )
