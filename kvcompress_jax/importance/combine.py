@@ -6,7 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.importance.scores import ATTENTIONS, MAGNITUDES, TokenStatistics
+from kvcompress_jax.importance.scores import (
+    ATTENTIONS,
+    MAGNITUDES,
+    LearnedScore,
+    TokenStatistics,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +52,17 @@ class ImportanceRule:
                     f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}"
                 )
 
-    def __call__(self, statistics: TokenStatistics, *, where: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        statistics: TokenStatistics,
+        *,
+        learned: LearnedScore | None = None,
+        where: jax.Array | None = None,
+    ) -> jax.Array:
         """f32[tokens, heads]; tokens that `where` (bool[tokens, heads]) leaves out do not count."""
         return importance(
             MAGNITUDES[self.magnitude](statistics),
-            None,
+            None if learned is None else learned(statistics),
             ATTENTIONS[self.attention](statistics),
             self.weights,
             where=where,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.codec import Scale
+from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
 
 
@@ -33,6 +34,7 @@ class PagedCache:
     heat: jax.Array
     rejected: jax.Array  # i32[]: pages that were left at level 0 because a value was not finite
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
+    learned: LearnedScore | None = None  # weights of the trained importance, read only
 
     @property
     def sizes(self) -> PoolSizes:
@@ -45,8 +47,17 @@ class PagedCache:
         )
 
 
-def init_cache(layout: CacheLayout, sizes: PoolSizes) -> PagedCache:
-    """An empty cache. Every pool is allocated at once and never grows."""
+def init_cache(
+    layout: CacheLayout, sizes: PoolSizes, *, learned: LearnedScore | None = None
+) -> PagedCache:
+    """An empty cache. Every pool is allocated at once and never grows.
+
+    Args:
+      layout: of the pages.
+      sizes: of the pools.
+      learned: trained importance score that pages are sealed with. The cache keeps a copy of its
+        weights: a cache is donated.
+    """
     layers, heads, dim = layout.layers, layout.kv_heads, layout.head_dim
     page, pages = layout.page_size, sizes.sealed_pages
     counted = sizes.raw_pages if layout.statistics else 0
@@ -71,4 +82,5 @@ def init_cache(layout: CacheLayout, sizes: PoolSizes) -> PagedCache:
         heat=jnp.zeros((pages,), jnp.float32),
         rejected=jnp.zeros((), jnp.int32),
         layout=layout,
+        learned=jax.tree.map(jnp.copy, learned),
     )

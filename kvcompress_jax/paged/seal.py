@@ -53,7 +53,9 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
             mass = jnp.zeros((layout.layers, layout.kv_heads, layout.page_size), jnp.float32)
             seen = jnp.zeros((layout.layers, layout.page_size), jnp.float32)
         exact = (token < layout.sink_tokens) & (sink >= 0)
-        code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None))(kv[:, 0], kv[:, 1], mass, seen, exact)
+        code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None, 0))(
+            kv[:, 0], kv[:, 1], mass, seen, exact, cache.learned
+        )
         return _store(cache, code, kv, sealing, i, finite)
 
     return lax.fori_loop(0, sealing.count, body, cache)
