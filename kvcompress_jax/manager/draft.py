@@ -23,6 +23,7 @@ class Draft:
     tables: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # page: chunks
     uploads: list[tuple[tuple[int, ...], np.ndarray]] = dataclasses.field(default_factory=list)
     seals: list[tuple[int, int, tuple[int, ...], int]] = dataclasses.field(default_factory=list)
+    shadows: list[int] | None = None  # of each seal, with telemetry
 
     def build(self, layout: CacheLayout) -> Plan | None:
         """The plan, or None when there is nothing in it."""
@@ -50,6 +51,7 @@ class Draft:
                 chunks=_padded([s[2] for s in self.seals], layout.layers),
                 sink=_padded([s[3] for s in self.seals]),
                 count=_count(self.seals),
+                shadow=None if self.shadows is None else _padded(self.shadows),
             )
             if self.seals
             else None,

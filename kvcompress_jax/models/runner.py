@@ -26,6 +26,7 @@ from kvcompress_jax.paged import (
     observe,
 )
 from kvcompress_jax.paged.host_arrays import HostArray
+from kvcompress_jax.paged.measure import measure
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +50,7 @@ class Step:
     decoding: Rows | None
     prefilling: Rows | None
     wanted: HostArray  # i32[n] indices into tokens whose logits are returned
+    shadows: HostArray | None = None  # sealed page of each shadow, in steps that are measured
 
 
 @functools.partial(
@@ -93,8 +95,9 @@ def run_step(
             queries = 1 if rows is step.decoding else (q.shape[0] - first) // sequences
             part = q[first : first + sequences * queries]
             first += sequences * queries
-            out, _, mass = attend(
-                part.reshape(sequences, queries, *q.shape[1:]),
+            part = part.reshape(sequences, queries, *q.shape[1:])
+            out, lse, mass = attend(
+                part,
                 cache,
                 layer,
                 rows.table,
@@ -106,7 +109,21 @@ def run_step(
             )
             if mass is not None:
                 cache = observe(cache, layer, rows.table, rows.query_lengths, mass)
-            outs.append(out.reshape(part.shape))
+            if step.shadows is not None:
+                cache = measure(
+                    cache,
+                    layer,
+                    part,
+                    rows.table,
+                    step.shadows,
+                    out,
+                    lse,
+                    query_lengths=rows.query_lengths,
+                    scale=config.query_scale,
+                    window=window if any(config.layer_windows) else None,
+                    soft_cap=config.soft_cap,
+                )
+            outs.append(out.reshape(sequences * queries, *q.shape[1:]))
         return jnp.concatenate(outs), cache
 
     if track_mass:
@@ -200,6 +217,7 @@ class Runner:
         wanted = np.arange(size) if all_logits else np.arange(rows + bool(chunk))
         if chunk and not all_logits:
             wanted[-1] = last
+        shadows = self.manager.shadows.sample()
         out, self.cache = run_step(
             self.model.params,
             self.cache,
@@ -210,11 +228,15 @@ class Runner:
                 decoding=self._rows([s for s, _ in decoding], [1] * len(decoding), rows),
                 prefilling=self._rows([prefilling[0]], [len(chunk)], 1) if prefilling else None,
                 wanted=wanted.astype(np.int32),
+                shadows=shadows,
             ),
             config=self.model.config,
             track_mass=self.config.tracks_attention,
             decay=self.config.heat_decay,
         )
+        if shadows is not None and self.cache.telemetry is not None:
+            # A copy, read when somebody asks: the cache is donated to the next step.
+            self.manager.shadows.sums = jax.tree.map(jnp.copy, self.cache.telemetry.sums)
         chunk_logits = out[rows : rows + (len(chunk) if all_logits else bool(chunk))]
         return out[: len(decoding)], chunk_logits
 

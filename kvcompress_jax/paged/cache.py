@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
+from kvcompress_jax.paged.telemetry import Telemetry, init_telemetry
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +36,7 @@ class PagedCache:
     rejected: jax.Array  # i32[]: pages that were left at level 0 because a value was not finite
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
     learned: LearnedScore | None = None  # weights of the trained importance, read only
+    telemetry: Telemetry | None = None
 
     @property
     def sizes(self) -> PoolSizes:
@@ -44,6 +46,8 @@ class PagedCache:
             sealed_pages=self.base.shape[1],
             fine_chunks=self.fine.shape[0],
             sink_slots=self.sinks.shape[1],
+            shadow_pages=self.telemetry.shadow.shape[1] if self.telemetry else 0,
+            learned_bytes=sum(x.nbytes for x in jax.tree.leaves(self.learned)),
         )
 
 
@@ -83,4 +87,9 @@ def init_cache(
         rejected=jnp.zeros((), jnp.int32),
         layout=layout,
         learned=jax.tree.map(jnp.copy, learned),
+        telemetry=init_telemetry(
+            (layers, sizes.shadow_pages, 2, heads, page, dim), layout.jax_dtype
+        )
+        if sizes.shadow_pages
+        else None,
     )

@@ -11,6 +11,7 @@ from kvcompress_jax.codec import Scale
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.page_code import PageCode, encode_page
+from kvcompress_jax.paged.telemetry import keep_shadow
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +24,7 @@ class Sealing:
     chunks: HostArray  # i32[n, layers] fine chunk of each layer, -1: that layer goes to level 2
     sink: HostArray  # i32[n] slot for the exact first tokens, -1: not the first page of a sequence
     count: HostArray  # i32[]
+    shadow: HostArray | None = None  # i32[n] where telemetry keeps the raw page, -1: nowhere
 
 
 def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
@@ -56,6 +58,9 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
         code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None, 0))(
             kv[:, 0], kv[:, 1], mass, seen, exact, cache.learned
         )
+        if cache.telemetry is not None and sealing.shadow is not None:
+            kept = keep_shadow(cache.telemetry, kv, sealing.shadow[i])
+            cache = dataclasses.replace(cache, telemetry=kept)
         return _store(cache, code, kv, sealing, i, finite)
 
     return lax.fori_loop(0, sealing.count, body, cache)
