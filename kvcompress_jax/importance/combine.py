@@ -60,9 +60,13 @@ class ImportanceRule:
         where: jax.Array | None = None,
     ) -> jax.Array:
         """f32[tokens, heads]; tokens that `where` (bool[tokens, heads]) leaves out do not count."""
+        predicted = None
+        if learned is not None:
+            everyone = jnp.ones(statistics.error.shape, bool)
+            predicted = learned(statistics, everyone if where is None else where)
         return importance(
             MAGNITUDES[self.magnitude](statistics),
-            None if learned is None else learned(statistics),
+            predicted,
             ATTENTIONS[self.attention](statistics),
             self.weights,
             where=where,

@@ -36,8 +36,9 @@ class LearnedScore(Protocol):
     all layers is scored under `jax.vmap`. `kvcompress_jax.importance.learned` has the trained one.
     """
 
-    def __call__(self, statistics: TokenStatistics, /) -> jax.Array:
-        """f32[tokens, heads] of one layer: the greater, the more attention the token will get."""
+    def __call__(self, statistics: TokenStatistics, where: jax.Array, /) -> jax.Array:
+        """f32[tokens, heads] of one layer: the greater, the more attention the token will get.
+        Tokens that `where` (bool[tokens, heads]) leaves out do not count."""
         ...
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.config import CompressionConfig, ConfigError
+from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.manager import KVCacheManager, pools_for_tokens
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.decoder import decode, logits
@@ -165,8 +166,12 @@ class Runner:
         self.chunk_tokens = chunk_tokens
         self.max_sequences = max_sequences
         self.layout = cache_layout(model.config, config, kv_dtype)
+        learned = learned_score(model, config)
+        sizes = dataclasses.replace(
+            sizes, learned_bytes=sum(x.nbytes for x in jax.tree.leaves(learned))
+        )
         self.manager = KVCacheManager(self.layout, sizes, config, max_sequences=max_sequences)
-        self.cache = init_cache(self.layout, sizes)
+        self.cache = init_cache(self.layout, sizes, learned=learned)
 
     def advance(self) -> None:
         """Applies what the manager has due; call it before every `forward`."""
@@ -297,6 +302,29 @@ def make_runner(
         kv_dtype=kv_dtype,
         chunk_tokens=chunk_tokens,
     )
+
+
+def learned_score(model: Model, config: CompressionConfig) -> LearnedScore | None:
+    """The trained importance that a configuration names, None when it names none or nothing is
+    compressed.
+
+    Raises:
+      ConfigError: the file is not one for this model.
+    """
+    if config.learned_importance is None or not config.compresses:
+        return None
+    from kvcompress_jax.importance.learned import ImportanceFileError, load_learned
+
+    try:
+        return load_learned(
+            config.learned_importance,
+            fingerprint=model.fingerprint,
+            layers=model.config.num_layers,
+            kv_heads=model.config.num_kv_heads,
+            head_dim=model.config.head_dim,
+        )
+    except ImportanceFileError as e:
+        raise ConfigError(f"learned_importance: {e}") from None
 
 
 def cache_layout(decoder: DecoderConfig, config: CompressionConfig, kv_dtype: str) -> CacheLayout:
