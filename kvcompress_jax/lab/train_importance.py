@@ -112,7 +112,8 @@ def train_importance(
             return _loss(new, batch, config.importance)
 
         value, slope = jax.value_and_grad(objective)(trained)
-        update, state = optimiser.update(slope, state, trained)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+            update, state = optimiser.update(slope, state, trained)
         return optax.apply_updates(trained, update), state, value
 
     trained = (learned.params, learned.gain)

@@ -74,7 +74,14 @@ def reference_errors(cache, layer, q, table, first_query, *, scale, window, soft
         keys, values = (np.concatenate(x, axis=1).swapaxes(0, 1) for x in parts)
         outs.append(
             reference_attention(
-                q, position, keys, values, first_query, scale=scale, window=window, soft_cap=soft_cap
+                q,
+                position,
+                keys,
+                values,
+                first_query,
+                scale=scale,
+                window=window,
+                soft_cap=soft_cap,
             )[:2]
         )
     (out, lse), (true, true_lse) = outs
@@ -132,7 +139,7 @@ def measured_step(config, name, *, spoiled=False):
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
 def test_the_measured_error_is_the_error(name, ratio):
-    """With a shadow of every sealed page the measure is exact, windows and exact tokens included."""
+    """Exactly, with a shadow of every sealed page; windows and exact tokens included."""
     sums, (error, lse), table, shadows = measured_step(
         dataclasses.replace(CONFIG, ratio=ratio, window_tokens=0), name
     )
@@ -284,6 +291,8 @@ def test_settings(field, value, message):
 
 
 def test_environment():
-    assert CompressionConfig.from_env({"KVCOMPRESS_TELEMETRY_SHARE": "0.02"}).telemetry_share == 0.02
+    assert (
+        CompressionConfig.from_env({"KVCOMPRESS_TELEMETRY_SHARE": "0.02"}).telemetry_share == 0.02
+    )
     with pytest.raises(ConfigError, match=r"KVCOMPRESS_TELEMETRY_SHARE: expected 0 to 1, got 2\.0"):
         CompressionConfig.from_env({"KVCOMPRESS_TELEMETRY_SHARE": "2"})
