@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("kvcompress_jax"):
             raise
-        reason = f"package {e.name} is not installed: pip install 'kvcompress-jax[demo]'"
+        extra = "lab" if e.name in ("flax", "optax") else "demo"
+        reason = f"package {e.name} is not installed: pip install 'kvcompress-jax[{extra}]'"
         print(f"kvcompress {args.command}: {reason}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:

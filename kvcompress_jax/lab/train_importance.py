@@ -31,7 +31,7 @@ LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
 RATIOS = (0.5, 0.25)  # shares of refined tokens that are trained for
 SOFTNESS = 0.3  # of the choice, in units of the logarithm of importance times error
-REGRESSION = 0.3  # weight of the regression beside the choice
+REGRESSION = 0.1  # weight of the regression beside the choice
 
 Progress = Callable[[str, float], None]
 
