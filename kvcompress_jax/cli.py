@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("kvcompress_jax"):
             raise
-        reason = f"package {e.name} is not installed: pip install 'kvcompress-jax[demo]'"
+        extra = "lab" if e.name in ("flax", "optax") else "demo"
+        reason = f"package {e.name} is not installed: pip install 'kvcompress-jax[{extra}]'"
         print(f"kvcompress {args.command}: {reason}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
@@ -107,6 +108,37 @@ def _parser() -> argparse.ArgumentParser:
         help="planted for the retrieval measure; 0 skips it (default: %(default)s)",
     )
     evaluate.set_defaults(run=_eval)
+
+    train = commands.add_parser(
+        "train-importance",
+        help="train the learned importance score of a model; minutes on a CPU",
+    )
+    _add_model(train)
+    train.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts (default: the language reference that comes with CPython)",
+    )
+    train.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.safetensors",
+        help="the trained score; use it with KVCOMPRESS_LEARNED_IMPORTANCE=FILE.safetensors",
+    )
+    train.add_argument(
+        "--tokens",
+        type=_count,
+        default=9216,
+        help="to train on, the same number of each text (default: %(default)s)",
+    )
+    train.add_argument(
+        "--steps", type=_count, default=400, help="of training (default: %(default)s)"
+    )
+    train.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
+    train.set_defaults(run=_train_importance)
     _add_calibrate(commands)
     return parser
 
@@ -155,13 +187,17 @@ def _add_calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     calibrate.set_defaults(run=_calibrate)
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="smollm2",
         metavar=MODEL,
         help=MODEL_HELP,
     )
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     parser.add_argument(
         "--text",
         type=Path,
@@ -325,3 +361,18 @@ def _eval(args: argparse.Namespace) -> None:
         }
         write_json(args.json, dataclasses.asdict(evaluation) | settings)
         console.print(f"json: {args.json}")
+
+
+def _train_importance(args: argparse.Namespace) -> None:
+    from kvcompress_jax.lab.importance_command import train
+
+    config = CompressionConfig.from_env()
+    train(
+        args.model,
+        args.text or [None],
+        config,
+        out=args.out,
+        tokens=args.tokens,
+        steps=args.steps,
+        json=args.json,
+    )

@@ -44,6 +44,11 @@ class CompressionConfig:
       weights: of the importance that orders the tokens of a page.
       magnitude: name of the magnitude score, see `kvcompress_jax.importance.MAGNITUDES`.
       attention: name of the attention score, see `kvcompress_jax.importance.ATTENTIONS`.
+      learned_importance: file of a trained importance (`kvcompress train-importance`); None: the
+        attention that a token got so far stands in its place.
+      telemetry_share: share of the steps in which the error of compression is measured, 0 to 1; 0:
+        never, and nothing is kept for it.
+      telemetry_pages: sealed pages that keep a raw copy on the device to measure it with.
     """
 
     enabled: bool = True
@@ -62,6 +67,9 @@ class CompressionConfig:
     weights: ImportanceWeights = ImportanceWeights()
     magnitude: str = "output_error"
     attention: str = "mean"
+    learned_importance: str | None = None
+    telemetry_share: float = 0.0
+    telemetry_pages: int = 4
 
     def __post_init__(self) -> None:
         _check(self.levels in (1, 2, 3), "levels", "1, 2 or 3", self.levels)
@@ -92,10 +100,21 @@ class CompressionConfig:
             _check(not self.floor_layers, "floor_layers", "none with a profile", self.floor_layers)
             _check(after is None, "demote_after_tokens", "None with a profile", after)
             _check(self.levels > 1, "levels", "2 or 3 with a profile", self.levels)
+            learned = self.learned_importance
+            _check(learned is None, "learned_importance", "None with a profile", learned)
         _check(self.host_bytes >= 0, "host_bytes", "at least 0", self.host_bytes)
         _check(self.promote_heat >= 1, "promote_heat", "at least 1", self.promote_heat)
         _check(self.magnitude in MAGNITUDES, "magnitude", list(MAGNITUDES), self.magnitude)
         _check(self.attention in ATTENTIONS, "attention", list(ATTENTIONS), self.attention)
+        share = self.telemetry_share
+        _check(0 <= share <= 1, "telemetry_share", "0 to 1", share)
+        _check(self.telemetry_pages >= 1, "telemetry_pages", "at least 1", self.telemetry_pages)
+        _check(
+            self.learned_importance is None or self.tracks_attention or not self.compresses,
+            "learned_importance",
+            "None where attention is not tracked (levels=3 with seal_level=1)",
+            self.learned_importance,
+        )
         _check(0 < self.heat_decay < 1, "heat_decay", "more than 0, less than 1", self.heat_decay)
 
     @classmethod
@@ -122,7 +141,8 @@ class CompressionConfig:
         `VLLM_ENABLE_KV_COMPRESSION` (default 1), `VLLM_KV_COMPRESSION_RATIO` (0.5),
         `VLLM_KV_COMPRESSION_LEVELS` (3), `KVCOMPRESS_PAGE_SIZE`, `KVCOMPRESS_WINDOW_TOKENS`,
         `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS`,
-        `KVCOMPRESS_HOST_BYTES` and `KVCOMPRESS_PROFILE`.
+        `KVCOMPRESS_HOST_BYTES`, `KVCOMPRESS_PROFILE`, `KVCOMPRESS_LEARNED_IMPORTANCE` and
+        `KVCOMPRESS_TELEMETRY_SHARE`.
 
         Args:
           environ: variables to read.
@@ -196,6 +216,11 @@ class CompressionConfig:
         its time and memory."""
         partly = self.levels == 3 and self.seal_level == 1
         return self.compresses and (partly or self.profile is not None)
+
+    @property
+    def shadow_pages(self) -> int:
+        """Raw copies of sealed pages that telemetry needs."""
+        return self.telemetry_pages if self.compresses and self.telemetry_share else 0
 
     @property
     def fine_rows(self) -> int:
@@ -299,10 +324,12 @@ _VARIABLES = (
     ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "demote_after_tokens", _whole),
     ("KVCOMPRESS_HOST_BYTES", "host_bytes", _whole),
     ("KVCOMPRESS_PROFILE", "profile", str),
+    ("KVCOMPRESS_LEARNED_IMPORTANCE", "learned_importance", str),
+    ("KVCOMPRESS_TELEMETRY_SHARE", "telemetry_share", _number),
 )
 
 # Of fields whose default is None.
-_TYPES = {"demote_after_tokens": int, "profile": str}
+_TYPES = {"demote_after_tokens": int, "profile": str, "learned_importance": str}
 
 RECIPES = {
     "safe": CompressionConfig(levels=2),

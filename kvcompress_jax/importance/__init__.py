@@ -11,6 +11,7 @@ from kvcompress_jax.importance.combine import (
 from kvcompress_jax.importance.scores import (
     ATTENTIONS,
     MAGNITUDES,
+    LearnedScore,
     Score,
     TokenStatistics,
     token_error,
@@ -21,6 +22,7 @@ __all__ = [
     "MAGNITUDES",
     "ImportanceRule",
     "ImportanceWeights",
+    "LearnedScore",
     "Score",
     "TokenStatistics",
     "importance",

@@ -6,7 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.importance.scores import ATTENTIONS, MAGNITUDES, TokenStatistics
+from kvcompress_jax.importance.scores import (
+    ATTENTIONS,
+    MAGNITUDES,
+    LearnedScore,
+    TokenStatistics,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +52,21 @@ class ImportanceRule:
                     f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}"
                 )
 
-    def __call__(self, statistics: TokenStatistics, *, where: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        statistics: TokenStatistics,
+        *,
+        learned: LearnedScore | None = None,
+        where: jax.Array | None = None,
+    ) -> jax.Array:
         """f32[tokens, heads]; tokens that `where` (bool[tokens, heads]) leaves out do not count."""
+        predicted = None
+        if learned is not None:
+            everyone = jnp.ones(statistics.error.shape, bool)
+            predicted = learned(statistics, everyone if where is None else where)
         return importance(
             MAGNITUDES[self.magnitude](statistics),
-            None,
+            predicted,
             ATTENTIONS[self.attention](statistics),
             self.weights,
             where=where,

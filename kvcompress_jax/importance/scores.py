@@ -6,6 +6,7 @@ that measures best with the specification's weights is the default.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,17 @@ class TokenStatistics:
 
 
 Score = Callable[[TokenStatistics], jax.Array]
+
+
+class LearnedScore(Protocol):
+    """A score with weights: a pytree whose leaves have a leading axis of layers, so that a page of
+    all layers is scored under `jax.vmap`. `kvcompress_jax.importance.learned` has the trained one.
+    """
+
+    def __call__(self, statistics: TokenStatistics, where: jax.Array, /) -> jax.Array:
+        """f32[tokens, heads] of one layer: the greater, the more attention the token will get.
+        Tokens that `where` (bool[tokens, heads]) leaves out do not count."""
+        ...
 
 
 def token_error(key_error: jax.Array, value_error: jax.Array, values: jax.Array) -> jax.Array:

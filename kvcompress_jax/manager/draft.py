@@ -26,6 +26,7 @@ class Draft:
     seals: list[tuple[int, int, tuple[int, ...], int, int]] = dataclasses.field(
         default_factory=list
     )
+    shadows: list[int] | None = None  # of each seal, with telemetry
 
     def build(self, layout: CacheLayout) -> Plan | None:
         """The plan, or None when there is nothing in it."""
@@ -54,6 +55,7 @@ class Draft:
                 first=_padded([s[3] for s in self.seals]),
                 sink=_padded([s[4] for s in self.seals]),
                 count=_count(self.seals),
+                shadow=None if self.shadows is None else _padded(self.shadows),
             )
             if self.seals
             else None,

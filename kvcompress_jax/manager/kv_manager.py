@@ -14,6 +14,7 @@ from kvcompress_jax.manager.draft import ENTRIES, UPLOADS, Draft
 from kvcompress_jax.manager.free_list import FreeList, OutOfPagesError
 from kvcompress_jax.manager.host_tier import HostTier
 from kvcompress_jax.manager.page import NONE, Page, Sequence
+from kvcompress_jax.manager.shadows import Shadows
 from kvcompress_jax.manager.tables import TableRows
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
@@ -57,6 +58,7 @@ class KVCacheManager:
         self.sinks = FreeList("sink slots", sizes.sink_slots)
         self.rows = FreeList("sequences", max_sequences)
         self.host = HostTier(config.host_bytes)
+        self.shadows = Shadows(sizes.shadow_pages, config.telemetry_share)
         self.floors = frozenset(i % layout.layers for i in config.floor_layers)
         self.sequences: dict[int, Sequence] = {}
         self.pages: dict[int, Page] = {}  # by uid
@@ -217,7 +219,7 @@ class KVCacheManager:
         if self._pending:
             raise RuntimeError("plan: expected the last plan to be confirmed by commit()")
         self.host.settle()
-        draft = Draft()
+        draft = Draft(shadows=[] if self.sizes.shadow_pages else None)
         draft.copies = [self._copies.pop(0) for _ in range(min(len(self._copies), ENTRIES))]
         while self._asked and len(draft.tables) < ENTRIES and len(draft.uploads) < UPLOADS:
             level, page = self._asked.pop(0)
@@ -488,6 +490,8 @@ class KVCacheManager:
         self._pending.append(page)
         first_token = page.index * self.layout.page_size
         draft.seals.append((page.raw, page.sealed, page.chunks, first_token, page.sink))
+        if draft.shadows is not None:
+            draft.shadows.append(self.shadows.choose(page, self.sealed.used))
         return True
 
     def _demote(self, page: Page, draft: Draft, cache: PagedCache | None) -> None:

@@ -40,6 +40,9 @@ def divide_budget(
     raw = _raw_pages(layout, config, step_tokens)
     raw += (max_sequences - 1) * _raw_pages(layout, config, 1)
     fixed = raw * layout.raw_page_bytes + max_sequences * layout.sink_slot_bytes
+    shadows = config.shadow_pages
+    if shadows:
+        fixed += shadows * layout.uncompressed_page_bytes + layout.telemetry_bytes
     chunks_per_page = _chunks_per_page(layout, config)
     per_page = layout.sealed_page_bytes + chunks_per_page * layout.fine_chunk_bytes
     sealed = (budget_bytes - fixed) // per_page
@@ -53,6 +56,7 @@ def divide_budget(
         sealed_pages=sealed,
         fine_chunks=sealed * chunks_per_page,
         sink_slots=max_sequences,
+        shadow_pages=shadows,
     )
 
 
@@ -85,6 +89,7 @@ def pools_for_tokens(
         sealed_pages=pages,
         fine_chunks=pages * chunks_per_page,
         sink_slots=max_sequences,
+        shadow_pages=config.shadow_pages,
     )
 
 

@@ -46,6 +46,11 @@ class CompressionStats(TypedDict):
     forks: int
     preemptions: int
     resumes: int
+    telemetry_samples: int  # queries of query heads, all layers; 0: nothing was measured
+    telemetry_output_error_mean: float | None  # relative error of the attention output
+    telemetry_output_error_max: float | None
+    telemetry_lse_error_mean: float | None  # error of the log-sum-exp of the logits
+    telemetry_shadow_bytes: int  # device memory of the raw copies, part of allocated_bytes
 
 
 def compression_stats(manager: KVCacheManager) -> CompressionStats:
@@ -53,12 +58,15 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
     layout = manager.layout
     pages = [p for p in manager.pages.values() if p.raw != NONE or p.sealed != NONE]
     entries = sum(len(s.pages) for s in manager.sequences.values() if s.swapped is None)
+    shadow_bytes = manager.shadows.used * layout.uncompressed_page_bytes
     allocated = (
         manager.raw.used * layout.raw_page_bytes
         + manager.sealed.used * layout.sealed_page_bytes
         + manager.chunks.used * layout.fine_chunk_bytes
         + manager.sinks.used * layout.sink_slot_bytes
         + entries * 2 * INDEX_BYTES
+        + shadow_bytes
+        + manager.sizes.learned_bytes
     )
     uncompressed = len(pages) * layout.uncompressed_page_bytes
     effective = layout.effective_bits(
@@ -68,6 +76,8 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
     levels = Counter(0 if p.pending else p.level for p in pages)
     cached_values = len(pages) * layout.layers * layout.values_per_page
     counts = manager.counters
+    errors = manager.shadows.errors()
+    samples = sum(errors.samples)
     return CompressionStats(
         memory_saved_mb=(uncompressed - allocated) / 1e6,
         avg_compression_ratio=uncompressed / allocated if allocated else 1.0,
@@ -94,7 +104,19 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
         forks=counts.forks,
         preemptions=counts.preemptions,
         resumes=counts.resumes,
+        telemetry_samples=samples,
+        telemetry_output_error_mean=_mean(errors.output_mean, errors.samples),
+        telemetry_output_error_max=max(errors.output_max) if samples else None,
+        telemetry_lse_error_mean=_mean(errors.lse_mean, errors.samples),
+        telemetry_shadow_bytes=shadow_bytes,
     )
+
+
+def _mean(means: list[float], samples: list[int]) -> float | None:
+    """Over all samples of all layers."""
+    if not sum(samples):
+        return None
+    return sum(m * n for m, n in zip(means, samples, strict=True)) / sum(samples)
 
 
 def _tokens(manager: KVCacheManager, page: Page) -> int:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.config import CompressionConfig, ConfigError
+from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.manager import KVCacheManager, pools_for_tokens
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.decoder import decode, logits
@@ -30,6 +31,7 @@ from kvcompress_jax.paged import (
     observe,
 )
 from kvcompress_jax.paged.host_arrays import HostArray
+from kvcompress_jax.paged.measure import measure
 
 if TYPE_CHECKING:
     from kvcompress_jax.calibrated.profile import Profile
@@ -56,6 +58,7 @@ class Step:
     decoding: Rows | None
     prefilling: Rows | None
     wanted: HostArray  # i32[n] indices into tokens whose logits are returned
+    shadows: HostArray | None = None  # sealed page of each shadow, in steps that are measured
 
 
 @functools.partial(
@@ -100,8 +103,9 @@ def run_step(
             queries = 1 if rows is step.decoding else (q.shape[0] - first) // sequences
             part = q[first : first + sequences * queries]
             first += sequences * queries
-            out, _, mass = attend(
-                part.reshape(sequences, queries, *q.shape[1:]),
+            part = part.reshape(sequences, queries, *q.shape[1:])
+            out, lse, mass = attend(
+                part,
                 cache,
                 layer,
                 rows.table,
@@ -113,7 +117,21 @@ def run_step(
             )
             if mass is not None:
                 cache = observe(cache, layer, rows.table, rows.query_lengths, mass)
-            outs.append(out.reshape(part.shape))
+            if step.shadows is not None:
+                cache = measure(
+                    cache,
+                    layer,
+                    part,
+                    rows.table,
+                    step.shadows,
+                    out,
+                    lse,
+                    query_lengths=rows.query_lengths,
+                    scale=config.query_scale,
+                    window=window if any(config.layer_windows) else None,
+                    soft_cap=config.soft_cap,
+                )
+            outs.append(out.reshape(sequences * queries, *q.shape[1:]))
         return jnp.concatenate(outs), cache
 
     if track_mass:
@@ -157,9 +175,13 @@ class Runner:
         self.chunk_tokens = chunk_tokens
         self.max_sequences = max_sequences
         self.layout = cache_layout(model.config, config, kv_dtype, profile)
+        learned = learned_score(model, config)
+        sizes = dataclasses.replace(
+            sizes, learned_bytes=sum(x.nbytes for x in jax.tree.leaves(learned))
+        )
         self.manager = KVCacheManager(self.layout, sizes, config, max_sequences=max_sequences)
         code = None if profile is None else profile.code(layer_frequencies(model.config))
-        self.cache = init_cache(self.layout, sizes, code)
+        self.cache = init_cache(self.layout, sizes, code, learned=learned)
 
     def advance(self) -> None:
         """Applies what the manager has due; call it before every `forward`."""
@@ -210,6 +232,7 @@ class Runner:
         wanted = np.arange(size) if all_logits else np.arange(rows + bool(chunk))
         if chunk and not all_logits:
             wanted[-1] = last
+        shadows = self.manager.shadows.sample()
         out, self.cache = run_step(
             self.model.params,
             self.cache,
@@ -220,11 +243,15 @@ class Runner:
                 decoding=self._rows([s for s, _ in decoding], [1] * len(decoding), rows),
                 prefilling=self._rows([prefilling[0]], [len(chunk)], 1) if prefilling else None,
                 wanted=wanted.astype(np.int32),
+                shadows=shadows,
             ),
             config=self.model.config,
             track_mass=self.config.tracks_attention,
             decay=self.config.heat_decay,
         )
+        if shadows is not None and self.cache.telemetry is not None:
+            # A copy, read when somebody asks: the cache is donated to the next step.
+            self.manager.shadows.sums = jax.tree.map(jnp.copy, self.cache.telemetry.sums)
         chunk_logits = out[rows : rows + (len(chunk) if all_logits else bool(chunk))]
         return out[: len(decoding)], chunk_logits
 
@@ -287,6 +314,29 @@ def make_runner(
         chunk_tokens=chunk_tokens,
         profile=profile,
     )
+
+
+def learned_score(model: Model, config: CompressionConfig) -> LearnedScore | None:
+    """The trained importance that a configuration names, None when it names none or nothing is
+    compressed.
+
+    Raises:
+      ConfigError: the file is not one for this model.
+    """
+    if config.learned_importance is None or not config.compresses:
+        return None
+    from kvcompress_jax.importance.learned import ImportanceFileError, load_learned
+
+    try:
+        return load_learned(
+            config.learned_importance,
+            fingerprint=model.fingerprint,
+            layers=model.config.num_layers,
+            kv_heads=model.config.num_kv_heads,
+            head_dim=model.config.head_dim,
+        )
+    except ImportanceFileError as e:
+        raise ConfigError(f"learned_importance: {e}") from None
 
 
 def read_profile(config: CompressionConfig, model: Model) -> Profile | None:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from kvcompress_jax.calibrated import CalibratedCode
 from kvcompress_jax.codec import Scale
+from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
+from kvcompress_jax.paged.telemetry import Telemetry, init_telemetry
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +39,8 @@ class PagedCache:
     rejected: jax.Array  # i32[]: pages that were left at level 0 because a value was not finite
     code: CalibratedCode | None  # of level 3; not a pool, and the same for every cache of a model
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
+    learned: LearnedScore | None = None  # weights of the trained importance, read only
+    telemetry: Telemetry | None = None
 
     @property
     def sizes(self) -> PoolSizes:
@@ -46,18 +50,26 @@ class PagedCache:
             sealed_pages=self.base.shape[1],
             fine_chunks=self.fine.shape[0],
             sink_slots=self.sinks.shape[1],
+            shadow_pages=self.telemetry.shadow.shape[1] if self.telemetry else 0,
+            learned_bytes=sum(x.nbytes for x in jax.tree.leaves(self.learned)),
         )
 
 
 def init_cache(
-    layout: CacheLayout, sizes: PoolSizes, code: CalibratedCode | None = None
+    layout: CacheLayout,
+    sizes: PoolSizes,
+    code: CalibratedCode | None = None,
+    *,
+    learned: LearnedScore | None = None,
 ) -> PagedCache:
     """An empty cache. Every pool is allocated at once and never grows.
 
     Args:
       layout: of a page.
       sizes: of the pools.
-      code: of level 3; exactly where the layout has rows.
+      code: of level 3; exactly where the layout has rows. Like `learned`, the cache keeps a copy:
+        a cache is donated.
+      learned: trained importance score that pages are sealed with.
 
     Raises:
       ValueError: a layout with rows without a code, or the other way round.
@@ -100,6 +112,12 @@ def init_cache(
         sealed=jnp.zeros((pages,), jnp.bool),
         heat=jnp.zeros((pages,), jnp.float32),
         rejected=jnp.zeros((), jnp.int32),
-        code=code,
+        code=jax.tree.map(jnp.copy, code),
         layout=layout,
+        learned=jax.tree.map(jnp.copy, learned),
+        telemetry=init_telemetry(
+            (layers, sizes.shadow_pages, 2, heads, page, dim), layout.jax_dtype
+        )
+        if sizes.shadow_pages
+        else None,
     )

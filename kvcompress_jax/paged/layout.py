@@ -13,6 +13,7 @@ Pools of one cache (layers share page ids):
     fine_of [layers, sealed_pages]                                i32     chunk id or -1
     sinks   [layers, sink_slots, 2, heads, sink_tokens, dim]      dtype   exact first tokens
     sealed, heat [sealed_pages]                                   bool, f32
+    shadow  [layers, shadow_pages, 2, heads, page_size, dim]      dtype   raw copies, for telemetry
 
 With a calibrated code (level 3) there are no scales, order and fine chunks, and instead
 
@@ -136,6 +137,11 @@ class CacheLayout:
         return self.kv_heads * self.fine_rows * self.head_dim
 
     @property
+    def telemetry_bytes(self) -> int:
+        """The sums that telemetry keeps, all layers."""
+        return self.layers * 6 * 4
+
+    @property
     def sink_slot_bytes(self) -> int:
         """The exact first tokens of one sequence, all layers."""
         per_token = 2 * self.kv_heads * self.head_dim * self.jax_dtype.itemsize
@@ -162,11 +168,13 @@ class PoolSizes:
     sealed_pages: int
     fine_chunks: int
     sink_slots: int
+    shadow_pages: int = 0  # raw copies for telemetry; 0: no telemetry
+    learned_bytes: int = 0  # weights of the trained importance
 
     def __post_init__(self) -> None:
         if self.raw_pages < 1:
             raise ValueError(f"raw_pages: expected at least 1, got {self.raw_pages}")
-        for name in ("sealed_pages", "fine_chunks", "sink_slots"):
+        for name in ("sealed_pages", "fine_chunks", "sink_slots", "shadow_pages", "learned_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
@@ -177,4 +185,7 @@ class PoolSizes:
             + self.sealed_pages * layout.sealed_page_bytes
             + self.fine_chunks * layout.fine_chunk_bytes
             + self.sink_slots * layout.sink_slot_bytes
+            + self.shadow_pages * layout.uncompressed_page_bytes
+            + (layout.telemetry_bytes if self.shadow_pages else 0)
+            + self.learned_bytes
         )

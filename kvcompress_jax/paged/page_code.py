@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.codec import Scale, decode, encode, fit_scale, pack
-from kvcompress_jax.importance import ImportanceRule, TokenStatistics, rank_tokens, token_error
+from kvcompress_jax.importance import (
+    ImportanceRule,
+    LearnedScore,
+    TokenStatistics,
+    rank_tokens,
+    token_error,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +37,7 @@ def encode_page(
     mass: jax.Array,
     seen: jax.Array,
     exact: jax.Array,
+    learned: LearnedScore | None = None,
     *,
     rule: ImportanceRule,
     fine_rows: int,
@@ -47,6 +54,7 @@ def encode_page(
       seen: f32[page_size], queries that could see it.
       exact: bool[page_size]: tokens that are kept exactly elsewhere. They take the first slots and
         do not count in the keys' scales, which they would widen most.
+      learned: trained score of this layer, or None.
       rule: orders the tokens.
       fine_rows: tokens of each head that the fine plane covers.
 
@@ -60,7 +68,7 @@ def encode_page(
     value_base, value_fine = encode(values, value_scale, axis=-1)
     key_error = keys - decode(key_base, key_scale, axis=-2)
     value_error = values - decode(value_base, value_scale, axis=-1)
-    order = _order(rule, keys, values, key_error, value_error, mass, seen, exact)
+    order = _order(rule, keys, values, key_error, value_error, mass, seen, exact, learned)
 
     def sort(x: jax.Array) -> jax.Array:  # [heads, page_size, ...]
         return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
@@ -85,6 +93,7 @@ def _order(
     mass: jax.Array,
     seen: jax.Array,
     exact: jax.Array,
+    learned: LearnedScore | None,
 ) -> jax.Array:
     """i32[heads, page_size], the token of each slot: exact ones, then by importance x error."""
     keys, values, key_error, value_error = (
@@ -93,7 +102,7 @@ def _order(
     error = token_error(key_error, value_error, values)
     statistics = TokenStatistics(keys=keys, values=values, mass=mass.T, seen=seen, error=error)
     counted = jnp.broadcast_to(~exact[:, None], error.shape)
-    score = rule(statistics, where=counted)
+    score = rule(statistics, learned=learned, where=counted)
     # 0 * inf would be NaN, so the exact ones get both.
     score, error = (jnp.where(counted, x, jnp.inf) for x in (score, error))
     return rank_tokens(score, error).T

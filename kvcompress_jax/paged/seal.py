@@ -12,6 +12,7 @@ from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.page_code import PageCode, encode_page
 from kvcompress_jax.paged.seal_rows import seal_rows
+from kvcompress_jax.paged.telemetry import keep_shadow
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +26,7 @@ class Sealing:
     first: HostArray  # i32[n] position of the page's first token
     sink: HostArray  # i32[n] slot for the exact first tokens, -1: not the first page of a sequence
     count: HostArray  # i32[]
+    shadow: HostArray | None = None  # i32[n] where telemetry keeps the raw page, -1: nowhere
 
 
 def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
@@ -63,10 +65,13 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
             first = sealing.first[i]
             cache = seal_rows(cache, cache.code, layout.rows, kv, (mass, seen), exact, first, page)
         else:
-            code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None))(
-                kv[:, 0], kv[:, 1], mass, seen, exact
+            code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None, 0))(
+                kv[:, 0], kv[:, 1], mass, seen, exact, cache.learned
             )
             cache = _store_planes(cache, code, page, jnp.where(finite, sealing.chunks[i], -1))
+        if cache.telemetry is not None and sealing.shadow is not None:
+            kept = keep_shadow(cache.telemetry, kv, sealing.shadow[i])
+            cache = dataclasses.replace(cache, telemetry=kept)
         return _finish(cache, kv, sealing, i, finite)
 
     return lax.fori_loop(0, sealing.count, body, cache)
