@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcompress_jax.codec import Scale
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.host_arrays import HostArray
-from kvcompress_jax.paged.page_code import PageCode, encode_page
+from kvcompress_jax.paged.page_code import PageCode, PageFit, code_page, fit_page
 
 
 @jax.tree_util.register_dataclass
@@ -40,60 +39,82 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
       The cache with the codes in it, `cache.sealed` True for pages that were sealed.
     """
     layout = cache.layout
+    # Where no page can have a fine chunk, none is coded, and the tokens need no order.
+    fine_rows = layout.fine_rows if cache.fine.shape[0] else 0
+    fit_layers = jax.vmap(
+        functools.partial(fit_page, rule=layout.importance, fine_rows=fine_rows),
+        in_axes=(0, 0, 0, 0, None),
+    )
+    code_layers = jax.vmap(lambda kv, fit: code_page(kv[0], kv[1], fit, fine_rows=fine_rows))
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
-    encoder = functools.partial(encode_page, rule=layout.importance, fine_rows=layout.fine_rows)
+
+    def no_code(kv: jax.Array, fit: PageFit) -> PageCode:
+        like = jax.eval_shape(code_layers, kv, fit)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
-        raw, sink = sealing.raw[i], sealing.sink[i]
-        kv = cache.raw[:, raw]  # [layers, 2, heads, page_size, dim]
-        finite = jnp.all(jnp.isfinite(kv))
+        # Tied to i: what does not depend on it leaves the loop, and on JAX 0.10 that was a copy of
+        # the whole pool as float32, which is how XLA reads bfloat16 on CPUs there.
+        pool, i = lax.optimization_barrier((cache.raw, i))
+        raw = sealing.raw[i]
+        kv = pool[:, raw]  # [layers, 2, heads, page_size, dim]
         if layout.statistics:
             mass, seen = cache.mass[:, raw], cache.seen[:, raw]
         else:
             mass = jnp.zeros((layout.layers, layout.kv_heads, layout.page_size), jnp.float32)
             seen = jnp.zeros((layout.layers, layout.page_size), jnp.float32)
-        exact = (token < layout.sink_tokens) & (sink >= 0)
-        code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None))(kv[:, 0], kv[:, 1], mass, seen, exact)
-        return _store(cache, code, kv, sealing, i, finite)
+        exact = None
+        if layout.sink_tokens and cache.sinks.shape[1]:
+            exact = (token < layout.sink_tokens) & (sealing.sink[i] >= 0)
+        fit = fit_layers(kv[:, 0], kv[:, 1], mass, seen, exact)
+
+        # 0 times what is not finite is NaN; a sum is what XLA's fast reductions on CPUs can do.
+        finite = jnp.all(jnp.sum(kv.astype(jnp.float32) * 0.0, axis=(-2, -1)) == 0)
+        # Two conditions, not one: XLA fuses nothing across their borders. The order of the tokens
+        # would else be computed again by all who read it, and the code by one thread as it is
+        # stored.
+        code = lax.cond(finite, code_layers, no_code, kv, fit)
+        cache = lax.cond(
+            finite, lambda cache: _store(cache, code, kv, sealing, i), lambda cache: cache, cache
+        )
+        return dataclasses.replace(
+            cache,
+            sealed=cache.sealed.at[sealing.page[i]].set(finite),  # its last owner may have left True
+            rejected=cache.rejected + jnp.where(finite, 0, 1),
+        )
 
     return lax.fori_loop(0, sealing.count, body, cache)
 
 
 def _store(
-    cache: PagedCache,
-    code: PageCode,
-    kv: jax.Array,
-    sealing: Sealing,
-    i: jax.Array,
-    finite: jax.Array,
+    cache: PagedCache, code: PageCode, kv: jax.Array, sealing: Sealing, i: jax.Array
 ) -> PagedCache:
-    """Writes one page's code, or nothing of it: indices out of range are dropped."""
-    page = jnp.where(finite, sealing.page[i], cache.base.shape[1])
-    chunks = sealing.chunks[i]
-    refined = finite & (chunks >= 0)
-    chunk = jnp.where(refined, chunks, cache.fine.shape[0])
-    sink = jnp.where(finite & (sealing.sink[i] >= 0), sealing.sink[i], cache.sinks.shape[1])
+    """Writes one page's code.
 
-    def put(pool: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
-        if pool.shape[1] == 0:  # a cache without sinks
-            return pool
-        return pool.at[:, index].set(x.astype(pool.dtype), mode="drop")
+    Slices are updated, not scattered to: on JAX 0.10, XLA scatters bfloat16 on CPUs by way of a
+    float32 copy of the whole pool.
+    """
+    page, chunks, sink = sealing.page[i], sealing.chunks[i], sealing.sink[i]
 
-    def put_scale(pool: Scale, x: Scale) -> Scale:
-        return Scale(step=put(pool.step, page, x.step), zero=put(pool.zero, page, x.zero))
+    def put(pool: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(pool, x[:, None], page, axis=1)
 
+    fine, sinks = cache.fine, cache.sinks
+    if fine.shape[0]:  # indices out of range are dropped
+        chunk = jnp.where(chunks >= 0, chunks, fine.shape[0])
+        fine = fine.at[chunk].set(code.fine, mode="drop")
+    if sinks.shape[1]:
+        slot = jnp.where(sink >= 0, sink, sinks.shape[1])
+        exact = kv[:, :, :, : cache.layout.sink_tokens]
+        sinks = sinks.at[:, slot].set(exact, mode="drop")
     return dataclasses.replace(
         cache,
-        base=put(cache.base, page, code.base),
-        key_scale=put_scale(cache.key_scale, code.key_scale),
-        value_scale=put_scale(cache.value_scale, code.value_scale),
-        order=put(cache.order, page, code.order),
-        fine=cache.fine.at[chunk].set(code.fine, mode="drop")
-        if cache.fine.shape[0]
-        else cache.fine,
-        fine_of=put(cache.fine_of, page, jnp.where(refined, chunks, -1)),
-        sinks=put(cache.sinks, sink, kv[:, :, :, : cache.layout.sink_tokens]),
-        sealed=cache.sealed.at[sealing.page[i]].set(finite),  # its last owner may have left True
-        heat=cache.heat.at[page].set(0.0, mode="drop"),
-        rejected=cache.rejected + jnp.where(finite, 0, 1),
+        base=put(cache.base, code.base),
+        key_scale=jax.tree.map(put, cache.key_scale, code.key_scale),
+        value_scale=jax.tree.map(put, cache.value_scale, code.value_scale),
+        order=put(cache.order, code.order),
+        fine=fine,
+        fine_of=put(cache.fine_of, chunks),
+        sinks=sinks,
+        heat=cache.heat.at[page].set(0.0),
     )
