@@ -18,24 +18,24 @@ from .contract import NotAvailableError, Workload
 class Ours:
     """Keys per channel over pages of 64 tokens, values per token, one embedded code.
 
-    Bits: 8 (level 1, all tokens refined), 6 (half of them, the important ones) or 4 (level 2).
+    Bits: 8 (level 1, all tokens refined) or 4 (level 2).
     """
 
     def __init__(self, bits: int) -> None:
         self.name, self.bits = "kvcompress_jax", bits
 
     def load(self, work: Workload) -> None:
-        if self.bits not in (4, 6, 8):
-            raise NotAvailableError("4, 6 or 8 bits")
+        if self.bits not in (4, 8):
+            raise NotAvailableError("4 or 8 bits")
         shape = work.shape
-        config = CompressionConfig(ratio=0.5 if self.bits == 6 else 1.0, sink_tokens=0)
+        config = CompressionConfig(ratio=1.0, sink_tokens=0)
         layout = config.layout(
             layers=shape.layers, kv_heads=shape.kv_heads, head_dim=shape.head_dim
         )
         size = layout.page_size
         each = shape.tokens // size
         pages = shape.batch * each
-        refined = self.bits > 4
+        refined = self.bits == 8
         cache = init_cache(
             layout,
             PoolSizes(
@@ -92,8 +92,12 @@ class Ours:
         """Token order is restored here: attention needs none, so decoding does not pay for it."""
         slots = np.argsort(np.asarray(self._cache.order), axis=-1)[..., None]
         keys, values = (
-            self._by_sequence(np.take_along_axis(np.asarray(x, np.float32), slots, axis=-2))
-            for x in result
+            self._by_sequence(
+                np.take_along_axis(
+                    np.stack([np.asarray(layer, np.float32) for layer in x]), slots, axis=-2
+                )
+            )
+            for x in zip(*result, strict=True)
         )
         return keys, values
 
@@ -117,12 +121,11 @@ class Ours:
         )
 
 
-def _open(cache: Any, pages: int) -> tuple[jax.Array, jax.Array]:
-    def layer(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keys, values = decode_pages(cache, i, jnp.arange(pages, dtype=jnp.int32))
-        return keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
-
-    return jax.lax.map(layer, jnp.arange(cache.layout.layers, dtype=jnp.int32))
+def _open(cache: Any, pages: int) -> list[tuple[jax.Array, jax.Array]]:
+    """Layer by layer, as peers do."""
+    ids = jnp.arange(pages, dtype=jnp.int32)
+    layers = (decode_pages(cache, i, ids) for i in range(cache.layout.layers))
+    return [(keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16)) for keys, values in layers]
 
 
 def _attend(cache: Any, q: jax.Array, table: PageTable) -> jax.Array:

@@ -79,7 +79,9 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
         )
         return dataclasses.replace(
             cache,
-            sealed=cache.sealed.at[sealing.page[i]].set(finite),  # its last owner may have left True
+            sealed=cache.sealed.at[sealing.page[i]].set(
+                finite
+            ),  # its last owner may have left True
             rejected=cache.rejected + jnp.where(finite, 0, 1),
         )
 
