@@ -43,10 +43,10 @@ def fit_scale(x: jax.Array, *, axis: int, where: jax.Array | None = None) -> Sca
     Returns:
       The scale, fields of x's shape without `axis`.
     """
-    x = x.astype(jnp.float32)
-    if where is None:
-        lo, hi = jnp.min(x, axis=axis), jnp.max(x, axis=axis)
+    if where is None:  # in x's dtype, where ends are as exact and half the bytes are read
+        lo, hi = (end(x, axis=axis).astype(jnp.float32) for end in (jnp.min, jnp.max))
     else:
+        x = x.astype(jnp.float32)
         where = jnp.broadcast_to(where, x.shape)
         lo = jnp.min(x, axis=axis, where=where, initial=jnp.inf)
         hi = jnp.max(x, axis=axis, where=where, initial=-jnp.inf)

@@ -1,4 +1,8 @@
-"""One page of tokens to its embedded code: scales, order, planes."""
+"""One page of tokens to its embedded code: scales, order, planes.
+
+In two steps, so that the small results of the first (`fit_page`) exist before the second
+(`code_page`) reads them many times over: XLA would else compute them again for every reader.
+"""
 
 import dataclasses
 
@@ -10,9 +14,9 @@ from kvcompress_jax.importance import (
     ImportanceRule,
     LearnedScore,
     TokenStatistics,
-    rank_tokens,
     token_error,
 )
+from kvcompress_jax.importance.combine import order_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +25,7 @@ class PageCode:
     """The code of a page, or of several along leading axes; slots are ordered by importance.
 
     Invariant: slot j of head h holds token `order[h, j]`, in every field; the fine plane covers
-    slots 0 to fine_rows - 1.
+    slots 0 to fine_rows - 1. Where it covers all tokens or none, slot j holds token j.
     """
 
     base: jax.Array  # u8[..., 2, heads, page_size, dim/2]
@@ -31,12 +35,22 @@ class PageCode:
     order: jax.Array  # u8[..., heads, page_size]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageFit:
+    """What coding a page needs to know of it, in token order."""
+
+    key_scale: Scale  # [heads, dim]
+    value_scale: Scale  # [heads, page_size]
+    worth: jax.Array | None  # f32[heads, page_size], how much each token deserves more bits
+
+
 def encode_page(
     keys: jax.Array,
     values: jax.Array,
     mass: jax.Array,
     seen: jax.Array,
-    exact: jax.Array,
+    exact: jax.Array | None,
     learned: LearnedScore | None = None,
     *,
     rule: ImportanceRule,
@@ -52,8 +66,9 @@ def encode_page(
       values: like keys.
       mass: f32[heads, page_size], attention that each token received so far.
       seen: f32[page_size], queries that could see it.
-      exact: bool[page_size]: tokens that are kept exactly elsewhere. They take the first slots and
-        do not count in the keys' scales, which they would widen most.
+      exact: bool[page_size]: first tokens, never all, that are kept exactly elsewhere. They stay in
+        the first slots and do not count in the keys' scales, which they would widen most. None:
+        there are none.
       learned: trained score of this layer, or None.
       rule: orders the tokens.
       fine_rows: tokens of each head that the fine plane covers.
@@ -61,48 +76,77 @@ def encode_page(
     Returns:
       The code, without leading axes.
     """
-    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-    key_scale = fit_scale(keys, axis=-2, where=~exact[None, :, None])
+    fit = fit_page(keys, values, mass, seen, exact, learned, rule=rule, fine_rows=fine_rows)
+    return code_page(keys, values, fit, fine_rows=fine_rows)
+
+
+def fit_page(
+    keys: jax.Array,
+    values: jax.Array,
+    mass: jax.Array,
+    seen: jax.Array,
+    exact: jax.Array | None,
+    learned: LearnedScore | None = None,
+    *,
+    rule: ImportanceRule,
+    fine_rows: int,
+) -> PageFit:
+    """Scales of a page and what its tokens are worth; arguments as in `encode_page`."""
+    counted = None if exact is None else ~exact[None, :, None]
+    key_scale = fit_scale(keys, axis=-2, where=counted)
     value_scale = fit_scale(values, axis=-1)
-    key_base, key_fine = encode(keys, key_scale, axis=-2)
-    value_base, value_fine = encode(values, value_scale, axis=-1)
-    key_error = keys - decode(key_base, key_scale, axis=-2)
-    value_error = values - decode(value_base, value_scale, axis=-1)
-    order = _order(rule, keys, values, key_error, value_error, mass, seen, exact, learned)
+    worth = None
+    if 0 < fine_rows < keys.shape[1]:
+        keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+        key_error = keys - decode(encode(keys, key_scale, axis=-2)[0], key_scale, axis=-2)
+        value_error = values - decode(encode(values, value_scale, axis=-1)[0], value_scale, axis=-1)
+        error = token_error(key_error, value_error, values).T  # [page_size, heads]
+        statistics = TokenStatistics(
+            keys=keys.swapaxes(0, 1),
+            values=values.swapaxes(0, 1),
+            mass=mass.T,
+            seen=seen,
+            error=error,
+        )
+        if exact is None:
+            score = rule(statistics, learned=learned)
+        else:
+            ranked = jnp.broadcast_to(~exact[:, None], error.shape)
+            # 0 * inf would be NaN, so the exact ones get both.
+            score, error = (
+                jnp.where(ranked, x, jnp.inf)
+                for x in (rule(statistics, learned=learned, where=ranked), error)
+            )
+        worth = (score * error).T  # as `rank_tokens` weighs them
+    return PageFit(key_scale=key_scale, value_scale=value_scale, worth=worth)
 
-    def sort(x: jax.Array) -> jax.Array:  # [heads, page_size, ...]
-        return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
+def code_page(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: int) -> PageCode:
+    """The code of a page against its fit; arguments as in `encode_page`."""
+    key_base, key_fine = encode(keys, fit.key_scale, axis=-2)
+    value_base, value_fine = encode(values, fit.value_scale, axis=-1)
+    base, fine = (pack(key_base), pack(value_base)), (pack(key_fine), pack(value_fine))
+    value_scale = fit.value_scale
+    if fit.worth is None:  # no token has more bits than another, so that order says nothing
+        order = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape[:2])
+        fine = tuple(x[:, :fine_rows] for x in fine)
+    else:
+        order = order_tokens(fit.worth.T).T
+        base = tuple(_take(x, order) for x in base)
+        fine = tuple(_take(x, order[:, :fine_rows]) for x in fine)
+        value_scale = Scale(
+            step=_take(value_scale.step, order), zero=_take(value_scale.zero, order)
+        )
     return PageCode(
-        base=jnp.stack([pack(sort(key_base)), pack(sort(value_base))]),
-        fine=jnp.stack(
-            [pack(sort(key_fine)[:, :fine_rows]), pack(sort(value_fine)[:, :fine_rows])]
-        ),
-        key_scale=key_scale,
-        value_scale=Scale(step=sort(value_scale.step), zero=sort(value_scale.zero)),
+        base=jnp.stack(base),
+        fine=jnp.stack(fine),
+        key_scale=fit.key_scale,
+        value_scale=value_scale,
         order=order.astype(jnp.uint8),
     )
 
 
-def _order(
-    rule: ImportanceRule,
-    keys: jax.Array,
-    values: jax.Array,
-    key_error: jax.Array,
-    value_error: jax.Array,
-    mass: jax.Array,
-    seen: jax.Array,
-    exact: jax.Array,
-    learned: LearnedScore | None,
-) -> jax.Array:
-    """i32[heads, page_size], the token of each slot: exact ones, then by importance x error."""
-    keys, values, key_error, value_error = (
-        x.swapaxes(0, 1) for x in (keys, values, key_error, value_error)
-    )
-    error = token_error(key_error, value_error, values)
-    statistics = TokenStatistics(keys=keys, values=values, mass=mass.T, seen=seen, error=error)
-    counted = jnp.broadcast_to(~exact[:, None], error.shape)
-    score = rule(statistics, learned=learned, where=counted)
-    # 0 * inf would be NaN, so the exact ones get both.
-    score, error = (jnp.where(counted, x, jnp.inf) for x in (score, error))
-    return rank_tokens(score, error).T
+def _take(x: jax.Array, order: jax.Array) -> jax.Array:
+    """Rows of [heads, page_size, ...] in the order of i32[heads, slots], all of it in range."""
+    index = order.reshape(order.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")

@@ -10,7 +10,7 @@ from jax import lax
 from kvcompress_jax.calibrated.code import LARGEST
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.host_arrays import HostArray
-from kvcompress_jax.paged.page_code import PageCode, encode_page
+from kvcompress_jax.paged.page_code import PageCode, PageFit, code_page, fit_page
 from kvcompress_jax.paged.seal_rows import seal_rows
 from kvcompress_jax.paged.telemetry import keep_shadow
 
@@ -44,43 +44,81 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
       The cache with the codes in it, `cache.sealed` True for pages that were sealed.
     """
     layout = cache.layout
+    # Where no page can have a fine chunk, none is coded, and the tokens need no order.
+    fine_rows = layout.fine_rows if cache.fine.shape[0] else 0
+    fit_layers = jax.vmap(
+        functools.partial(fit_page, rule=layout.importance, fine_rows=fine_rows),
+        in_axes=(0, 0, 0, 0, None, 0),
+    )
+    code_layers = jax.vmap(lambda kv, fit: code_page(kv[0], kv[1], fit, fine_rows=fine_rows))
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
-    encoder = functools.partial(encode_page, rule=layout.importance, fine_rows=layout.fine_rows)
+
+    def no_code(kv: jax.Array, fit: PageFit) -> PageCode:
+        like = jax.eval_shape(code_layers, kv, fit)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
-        raw, sink = sealing.raw[i], sealing.sink[i]
-        kv = cache.raw[:, raw]  # [layers, 2, heads, page_size, dim]
-        if layout.rows is None:
-            finite = jnp.all(jnp.isfinite(kv))
-        else:
-            finite = jnp.all(jnp.abs(kv.astype(jnp.float32)) <= LARGEST)  # False for NaN
+        # Tied to i: what does not depend on it leaves the loop, and on JAX 0.10 that was a copy of
+        # the whole pool as float32, which is how XLA reads bfloat16 on CPUs there.
+        pool, i = lax.optimization_barrier((cache.raw, i))
+        raw = sealing.raw[i]
+        kv = pool[:, raw]  # [layers, 2, heads, page_size, dim]
         if layout.statistics:
             mass, seen = cache.mass[:, raw], cache.seen[:, raw]
         else:
             mass = jnp.zeros((layout.layers, layout.kv_heads, layout.page_size), jnp.float32)
             seen = jnp.zeros((layout.layers, layout.page_size), jnp.float32)
-        exact = (token < layout.sink_tokens) & (sink >= 0)
-        page = jnp.where(finite, sealing.page[i], cache.base.shape[1])
+        exact = None
+        if layout.sink_tokens and cache.sinks.shape[1]:
+            exact = (token < layout.sink_tokens) & (sealing.sink[i] >= 0)
         if cache.code is not None and layout.rows is not None:
-            first = sealing.first[i]
-            cache = seal_rows(cache, cache.code, layout.rows, kv, (mass, seen), exact, first, page)
-        else:
-            code = jax.vmap(encoder, in_axes=(0, 0, 0, 0, None, 0))(
-                kv[:, 0], kv[:, 1], mass, seen, exact, cache.learned
+            finite = jnp.all(jnp.abs(kv.astype(jnp.float32)) <= LARGEST)  # False for NaN
+            write = functools.partial(
+                seal_rows,
+                code=cache.code,
+                rows=layout.rows,
+                kv=kv,
+                attention=(mass, seen),
+                exact=jnp.zeros(token.shape, bool) if exact is None else exact,
+                first=sealing.first[i],
+                page=sealing.page[i],
             )
-            cache = _store_planes(cache, code, page, jnp.where(finite, sealing.chunks[i], -1))
+        else:
+            fit = fit_layers(kv[:, 0], kv[:, 1], mass, seen, exact, cache.learned)
+            # 0 times what is not finite is NaN; a sum is what XLA's fast reductions on CPUs can do.
+            finite = jnp.all(jnp.sum(kv.astype(jnp.float32) * 0.0, axis=(-2, -1)) == 0)
+            # Two conditions, not one: XLA fuses nothing across their borders. The order of the
+            # tokens would else be computed again by all who read it, and the code by one thread as
+            # it is stored.
+            write = functools.partial(
+                _store_planes,
+                code=lax.cond(finite, code_layers, no_code, kv, fit),
+                page=sealing.page[i],
+                chunks=sealing.chunks[i],
+            )
+        cache = lax.cond(
+            finite, lambda cache: _finish(write(cache), kv, sealing, i), lambda cache: cache, cache
+        )
         if cache.telemetry is not None and sealing.shadow is not None:
             kept = keep_shadow(cache.telemetry, kv, sealing.shadow[i])
             cache = dataclasses.replace(cache, telemetry=kept)
-        return _finish(cache, kv, sealing, i, finite)
+        # The last owner of the page may have left True.
+        return dataclasses.replace(
+            cache,
+            sealed=cache.sealed.at[sealing.page[i]].set(finite),
+            rejected=cache.rejected + jnp.where(finite, 0, 1),
+        )
 
     return lax.fori_loop(0, sealing.count, body, cache)
 
 
 def _store_planes(
-    cache: PagedCache, code: PageCode, page: jax.Array, chunks: jax.Array
+    cache: PagedCache, *, code: PageCode, page: jax.Array, chunks: jax.Array
 ) -> PagedCache:
-    """Writes one page's code; a page or chunk that is out of range is dropped.
+    """Writes one page's code.
+
+    Slices are updated, not scattered to: on JAX 0.10, XLA scatters bfloat16 on CPUs by way of a
+    float32 copy of the whole pool.
 
     Args:
       cache: updated in place under donation.
@@ -90,11 +128,11 @@ def _store_planes(
     """
 
     def put(pool: jax.Array, x: jax.Array) -> jax.Array:
-        return pool.at[:, page].set(x, mode="drop")
+        return lax.dynamic_update_slice_in_dim(pool, x[:, None], page, axis=1)
 
     fine = cache.fine
-    if fine.shape[0]:
-        fine = fine.at[jnp.where(chunks < 0, fine.shape[0], chunks)].set(code.fine, mode="drop")
+    if fine.shape[0]:  # indices out of range are dropped
+        fine = fine.at[jnp.where(chunks >= 0, chunks, fine.shape[0])].set(code.fine, mode="drop")
     return dataclasses.replace(
         cache,
         base=put(cache.base, code.base),
@@ -106,20 +144,11 @@ def _store_planes(
     )
 
 
-def _finish(
-    cache: PagedCache, kv: jax.Array, sealing: Sealing, i: jax.Array, finite: jax.Array
-) -> PagedCache:
-    """Writes the exact first tokens, and that the page is sealed or was rejected."""
-    sinks = cache.sinks
-    if sinks.shape[1]:
-        slot = jnp.where(finite & (sealing.sink[i] >= 0), sealing.sink[i], sinks.shape[1])
+def _finish(cache: PagedCache, kv: jax.Array, sealing: Sealing, i: jax.Array) -> PagedCache:
+    """Writes what every sealed page has: the exact first tokens, and no heat yet."""
+    sinks, sink = cache.sinks, sealing.sink[i]
+    if sinks.shape[1]:  # indices out of range are dropped
+        slot = jnp.where(sink >= 0, sink, sinks.shape[1])
         exact = kv[:, :, :, : cache.layout.sink_tokens]
         sinks = sinks.at[:, slot].set(exact, mode="drop")
-    page = jnp.where(finite, sealing.page[i], cache.base.shape[1])
-    return dataclasses.replace(
-        cache,
-        sinks=sinks,
-        sealed=cache.sealed.at[sealing.page[i]].set(finite),  # its last owner may have left True
-        heat=cache.heat.at[page].set(0.0, mode="drop"),
-        rejected=cache.rejected + jnp.where(finite, 0, 1),
-    )
+    return dataclasses.replace(cache, sinks=sinks, heat=cache.heat.at[sealing.page[i]].set(0.0))

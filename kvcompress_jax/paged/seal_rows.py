@@ -12,6 +12,7 @@ from kvcompress_jax.paged.cache import PagedCache
 
 def seal_rows(
     cache: PagedCache,
+    *,
     code: CalibratedCode,
     rows: RowLayout,
     kv: jax.Array,
@@ -31,7 +32,7 @@ def seal_rows(
         that could see each token.
       exact: bool[page_size], tokens that are kept exactly elsewhere.
       first: i32[], position of the page's first token.
-      page: i32[] to write; one that is too large drops everything.
+      page: i32[] to write.
     """
     mass, seen = attention
     mean = mass / jnp.maximum(seen, 1.0)[:, None]
@@ -41,7 +42,7 @@ def seal_rows(
     )
     return dataclasses.replace(
         cache,
-        base=cache.base.at[:, page].set(row, mode="drop"),
-        refined=cache.refined.at[:, page].set(refined, mode="drop"),
-        first=cache.first.at[page].set(first, mode="drop"),
+        base=cache.base.at[:, page].set(row),
+        refined=cache.refined.at[:, page].set(refined),
+        first=cache.first.at[page].set(first),
     )

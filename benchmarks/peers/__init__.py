@@ -1,0 +1,1 @@
+"""Our codec and attention beside other projects' own code: one small file per peer."""
