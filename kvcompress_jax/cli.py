@@ -273,7 +273,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             model, samples, bits=args.bits, page_size=args.page_size, progress=progress
         )
     save_profile(args.out, profile)
-    console.print(
+    print(
         f"{args.out}: {8 * profile.rows.key_bytes / model.config.head_dim:.2f} bits for keys,"
         f" {profile.rows.value_bits} for values, KL {profile.about['kl']} on its own text"
     )

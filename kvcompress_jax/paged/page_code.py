@@ -125,7 +125,8 @@ def code_page(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: in
     """The code of a page against its fit; arguments as in `encode_page`."""
     key_base, key_fine = encode(keys, fit.key_scale, axis=-2)
     value_base, value_fine = encode(values, fit.value_scale, axis=-1)
-    base, fine = (pack(key_base), pack(value_base)), (pack(key_fine), pack(value_fine))
+    base: tuple[jax.Array, ...] = (pack(key_base), pack(value_base))
+    fine: tuple[jax.Array, ...] = (pack(key_fine), pack(value_fine))
     value_scale = fit.value_scale
     if fit.worth is None:  # no token has more bits than another, so that order says nothing
         order = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape[:2])
