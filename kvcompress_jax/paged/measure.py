@@ -9,7 +9,7 @@ from jax import lax
 
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.host_arrays import HostArray
-from kvcompress_jax.paged.read import decode_pages
+from kvcompress_jax.paged.read import decode_pages, slot_tokens
 from kvcompress_jax.paged.table import PageTable
 from kvcompress_jax.paged.telemetry import ErrorSums
 
@@ -104,7 +104,7 @@ def measure(
     raw = jnp.where(known, raw, 0.0)  # what was never written may hold NaN, and 0 * NaN is NaN
     raw_share, raw_part = weigh(raw[:, 0], raw[:, 1], in_order)
     coded = decode_pages(cache, layer, ids, pages >= 0)
-    coded_share, coded_part = weigh(*coded, cache.order[layer, ids].astype(jnp.int32))
+    coded_share, coded_part = weigh(*coded, slot_tokens(cache, layer, ids))
 
     # An old page that a window hides from a query counts neither as seen nor as shadowed.
     def count(ends: jax.Array, there: jax.Array) -> jax.Array:  # [rows, pages] to [rows, queries]

@@ -36,7 +36,7 @@ def test_a_model_reads_on_from_calibrated_pages(calibrated):
     model, path = calibrated
     tokens = random_tokens(model.config, 200, seed=7)
     want = np.asarray(dense_forward(model.params, model.config, jnp.array([tokens], jnp.int32))[0])
-    config = dataclasses.replace(CONFIG, profile=path)
+    config = dataclasses.replace(CONFIG, profile=path, telemetry_share=1.0, telemetry_pages=16)
     runner = make_runner(
         model, config, tokens=400, max_sequences=2, chunk_tokens=16, kv_dtype="float32"
     )
@@ -47,6 +47,7 @@ def test_a_model_reads_on_from_calibrated_pages(calibrated):
     runner.manager.verify(runner.cache)
     assert stats["pages_level_3"] == 200 // 16 - 1 and stats["pages_level_2"] == 0
     assert stats["effective_bits"] <= 5.0
+    assert stats["telemetry_samples"] > 0 and 1e-5 < stats["telemetry_output_error_mean"] < 0.5
     spread = want.std()
     error = np.abs(got - want)[40:].mean()
     assert 1e-5 < error / spread < 0.2
