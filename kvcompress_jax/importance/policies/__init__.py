@@ -1,0 +1,1 @@
+"""Which tokens of a cache stay: eviction policies, one per file, all of one interface."""
