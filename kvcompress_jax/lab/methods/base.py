@@ -144,6 +144,9 @@ class Uncompressed:
         return assemble(context, context.k, context.v, coded_bits=numbers * context.exact_bits)
 
 
+UNCOMPRESSED = Uncompressed()
+
+
 def bits_per_value(compressed: Compressed) -> float:
     """Stored bits per number of the keys and values of the whole context."""
     return compressed.stored_bits / (2 * math.prod(compressed.keys.shape))
