@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
+from kvcompress_jax.lab import compare_command
 
 USAGE_ERROR = 2
 
@@ -100,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         help="planted for the retrieval measure; 0 skips it (default: %(default)s)",
     )
     evaluate.set_defaults(run=_eval)
+
+    compare = commands.add_parser(
+        "compare", help="measure many methods, ours and others', at the same bits: a leaderboard"
+    )
+    compare_command.add_arguments(compare)
+    compare.set_defaults(run=compare_command.run)
     return parser
 
 
