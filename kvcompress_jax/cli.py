@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
+from kvcompress_jax.lab import compare_command
 from kvcompress_jax.paged.layout import PAGE_SIZES
 
 USAGE_ERROR = 2
@@ -140,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     train.set_defaults(run=_train_importance)
     _add_calibrate(commands)
+
+    compare = commands.add_parser(
+        "compare", help="measure many methods, ours and others', at the same bits: a leaderboard"
+    )
+    compare_command.add_arguments(compare)
+    compare.set_defaults(run=compare_command.run)
     return parser
 
 

@@ -1,6 +1,7 @@
 """Any method on one model and text, beside the uncompressed model."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,10 +10,10 @@ import numpy as np
 
 from kvcompress_jax.lab.divergence import divergence
 from kvcompress_jax.lab.methods.base import (
+    UNCOMPRESSED,
     Compressed,
     Context,
     Method,
-    Uncompressed,
     bits_per_value,
 )
 from kvcompress_jax.lab.replay import capture, replay
@@ -124,8 +125,8 @@ class Bench:
                 model.tokenizer, every, context_tokens=context_tokens, facts=facts
             )
             self.recall = Recall(model, planted, read(planted.context))
-        self.reference = self._continue(compress(Uncompressed(), self.context))
-        self.uncompressed = self.measure(Uncompressed())
+        self.reference = self._continue(compress(UNCOMPRESSED, self.context))
+        self.uncompressed = self.measure(UNCOMPRESSED)
 
     def measure(self, method: Method) -> Fidelity:
         """All measures of one method."""
@@ -158,8 +159,13 @@ class Bench:
 
 
 def compress(method: Method, context: Context) -> Compressed:
-    """Applies a method, compiled."""
-    return jax.jit(method)(context)
+    """Applies a method, compiled once for equal methods and contexts of equal shapes."""
+    return _apply(method, context)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(method: Method, context: Context) -> Compressed:
+    return method(context)
 
 
 def stored_bits(method: Method, context: Context) -> float:

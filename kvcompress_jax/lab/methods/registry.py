@@ -1,0 +1,161 @@
+"""Methods by name, each at the bits that are asked for."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from kvcompress_jax.config import RECIPES, ConfigError
+from kvcompress_jax.importance.policies import POLICIES
+from kvcompress_jax.importance.policies.base import Policy
+from kvcompress_jax.lab.methods.base import Method
+from kvcompress_jax.lab.methods.embedded import Embedded
+from kvcompress_jax.lab.methods.evict import Evict
+from kvcompress_jax.lab.methods.fp8 import Fp8
+from kvcompress_jax.lab.methods.kivi import Kivi
+from kvcompress_jax.lab.methods.kvquant import KVQuant
+from kvcompress_jax.lab.methods.minicache import MiniCache
+from kvcompress_jax.lab.methods.per_token import PerToken
+from kvcompress_jax.lab.methods.specification import LEVEL_BITS, LiteralSpecification
+from kvcompress_jax.lab.methods.turboquant import TurboQuant
+
+CACHE_BITS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a factory is asked for.
+
+    Attributes:
+      bits: about so many per value, overheads included.
+      profile: a file that calibration wrote, for methods that need one.
+    """
+
+    bits: float
+    profile: Path | None = None
+
+
+Factory = Callable[[Wanted], Method | None]
+"""None: the method has no variant near these bits, or lacks its profile."""
+
+
+def _integers(make: Callable[[int], Method], wanted: Wanted) -> Method | None:
+    """Codes of the bits' whole part: scales and zero points take about half a bit more."""
+    bits = int(wanted.bits)
+    return make(bits) if 2 <= bits <= 8 else None
+
+
+def _embedded(wanted: Wanted) -> Method | None:
+    for least, name in ((7.5, "safe"), (5.5, "balanced"), (4.5, "compact"), (4.0, "extreme")):
+        if wanted.bits >= least:
+            return Embedded(config=RECIPES[name])
+    return None
+
+
+def _random_selection(wanted: Wanted) -> Method | None:
+    if not 5.5 <= wanted.bits < 7.5:
+        return None
+    return Embedded(config=RECIPES["balanced"], random_selection=0)
+
+
+def _fp8(wanted: Wanted) -> Method | None:
+    return Fp8() if wanted.bits >= 8 else None
+
+
+def _specification(wanted: Wanted) -> Method | None:
+    level = 1 if wanted.bits >= 4 else 2
+    share = wanted.bits / (LEVEL_BITS[level] + 0.25)
+    return LiteralSpecification(level=level, ratio=min(share, 1.0))
+
+
+def _minicache(wanted: Wanted) -> Method | None:
+    """A quarter of the cache is saved; the rest must come from quantising what is left."""
+    if wanted.bits > 12:
+        return MiniCache()
+    bits = int(wanted.bits / 0.77)
+    return MiniCache(then=Kivi(bits=bits)) if 2 <= bits <= 8 else None
+
+
+def _evict(policy: Policy, wanted: Wanted) -> Method | None:
+    return Evict(policy=policy, keep_share=min(wanted.bits / CACHE_BITS, 1.0))
+
+
+def _evict_half(policy: Policy, quantiser: Factory, wanted: Wanted) -> Method | None:
+    """Half of the tokens, at twice the bits."""
+    then = quantiser(dataclasses.replace(wanted, bits=2 * wanted.bits))
+    return None if then is None else Evict(policy=policy, keep_share=0.5, then=then)
+
+
+def _recipe(name: str, wanted: Wanted) -> Method | None:
+    return Embedded(config=RECIPES[name])
+
+
+_QUANTISERS: dict[str, Factory] = {
+    "embedded": _embedded,
+    "kivi": functools.partial(_integers, lambda bits: Kivi(bits=bits)),
+    "kvquant": functools.partial(_integers, lambda bits: KVQuant(bits=bits)),
+    "kvquant-nu": functools.partial(_integers, lambda bits: KVQuant(bits=bits, non_uniform=True)),
+    "turboquant": functools.partial(_integers, lambda bits: TurboQuant(bits=bits)),
+    "turboquant-centered": functools.partial(
+        _integers, lambda bits: TurboQuant(bits=bits, centered=True)
+    ),
+    "per-token": functools.partial(_integers, lambda bits: PerToken(bits=bits)),
+    "per-token-symmetric": functools.partial(
+        _integers, lambda bits: PerToken(bits=bits, symmetric=True)
+    ),
+    "fp8": _fp8,
+}
+
+_EVICTIONS: dict[str, Factory] = {
+    "evict-" + name: functools.partial(_evict, policy) for name, policy in POLICIES.items()
+}
+
+METHODS: dict[str, Factory] = {
+    **_QUANTISERS,
+    "random-selection": _random_selection,
+    "specification": _specification,
+    "minicache": _minicache,
+    **_EVICTIONS,
+    **{f"recipe-{name}": functools.partial(_recipe, name) for name in RECIPES},
+    **{
+        f"evict-{name}+{other}": functools.partial(_evict_half, policy, quantiser)
+        for name, policy in POLICIES.items()
+        for other, quantiser in _QUANTISERS.items()
+    },
+}
+"""Name to factory. `policy+quantiser` evicts half of the tokens and quantises the others."""
+
+ALL = (
+    *_QUANTISERS,
+    "random-selection",
+    "specification",
+    "minicache",
+    *_EVICTIONS,
+    "evict-snapkv+kivi",
+    "evict-h2o+kivi",
+)
+"""What `all` stands for: every method once, without all the combinations."""
+
+
+class MethodError(ConfigError):
+    """A method that does not exist."""
+
+
+def find_methods(names: str) -> tuple[str, ...]:
+    """The names in a list with commas; "all" stands for `ALL`.
+
+    Raises:
+      MethodError: one of them does not exist.
+    """
+    found: list[str] = []
+    for name in (part.strip() for part in names.split(",")):
+        if name == "all":
+            found += ALL
+        elif name in METHODS:
+            found.append(name)
+        else:
+            known = ", ".join(n for n in METHODS if "+" not in n)
+            raise MethodError(
+                f"methods: expected all, {known}, or one of evict-POLICY+QUANTISER, got {name!r}"
+            )
+    return tuple(dict.fromkeys(found))
