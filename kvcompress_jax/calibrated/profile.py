@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -102,6 +103,39 @@ def save_profile(path: str | Path, profile: Profile) -> None:
         raise ProfileError(f"{path}: not writable ({e})") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a profile was made for: the model's fingerprint, and the bits that were asked for."""
+
+    fingerprint: str
+    bits: float
+
+
+def read_origin(path: str | Path) -> Origin:
+    """Reads the head of a profile.
+
+    Raises:
+      ProfileError: the file is missing, or no profile.
+    """
+    about = _read(path, ())[0]
+    try:
+        return Origin(fingerprint=about["fingerprint"], bits=float(about["bits"]))
+    except (KeyError, ValueError) as e:
+        raise ProfileError(f"{path}: expected a profile of `kvcompress calibrate`: {e}") from None
+
+
+def _read(path: str | Path, names: Sequence[str]) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Metadata, and the arrays named."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise ProfileError(f"{path}: expected {FORMAT}, got {about.get('format')}")
+            return about, {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as e:
+        raise ProfileError(f"{path}: expected a profile of `kvcompress calibrate`: {e}") from None
+
+
 def load_profile(path: str | Path, config: DecoderConfig, fingerprint: str) -> Profile:
     """Reads a profile and checks that it was made for this model.
 
@@ -113,17 +147,11 @@ def load_profile(path: str | Path, config: DecoderConfig, fingerprint: str) -> P
     Raises:
       ProfileError: the file is missing, damaged, or of another model.
     """
+    about, arrays = _read(path, _ARRAYS)
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise ProfileError(f"{path}: expected {FORMAT}, got {about.get('format')}")
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         rows = RowLayout(**json.loads(about.pop("rows")))
         made_for = about.pop("fingerprint")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-        if isinstance(e, ProfileError):
-            raise
+    except (KeyError, TypeError, ValueError) as e:
         raise ProfileError(f"{path}: expected a profile of `kvcompress calibrate`: {e}") from None
     if made_for != fingerprint:
         raise ProfileError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvcompress_jax.calibrated.profile import read_origin
 from kvcompress_jax.lab.bench import Bench, Fidelity, Recall, compress
 from kvcompress_jax.lab.methods.base import UNCOMPRESSED, Method
 from kvcompress_jax.lab.methods.registry import METHODS, Wanted
@@ -32,7 +33,7 @@ class Setting:
       window: newest ones, exact in every method.
       facts: planted for the retrieval measure; 0 skips it.
       kv_dtype: of the uncompressed cache.
-      profile: for methods that need a calibration.
+      profiles: of calibrated codes, for any of the models and rates.
       heat_bits: of `bits`, those of the retrieval heat map; None: no heat map.
     """
 
@@ -43,7 +44,7 @@ class Setting:
     window: int = 0
     facts: int = 32
     kv_dtype: str = "bfloat16"
-    profile: Path | None = None
+    profiles: tuple[Path, ...] = ()
     heat_bits: float | None = None
 
     def __post_init__(self) -> None:
@@ -109,10 +110,10 @@ def compare(
     Raises:
       TextError: a text is too short.
     """
-    variants = _variants(methods, setting)
     results: list[Result] = []
     recalled: list[Recalled] = []
     for model in models:
+        variants = _variants(methods, setting, model)
         for name, text in texts.items():
             stage = f"{model.name}: {name}"
             progress(stage, 0.0)
@@ -150,11 +151,15 @@ def compare(
     return Comparison(tuple(results), tuple(recalled))
 
 
-def _variants(methods: Sequence[str], setting: Setting) -> list[tuple[str, float, Method]]:
+def _variants(
+    methods: Sequence[str], setting: Setting, model: Model
+) -> list[tuple[str, float, Method]]:
+    profiles = tuple((str(p), read_origin(p)) for p in setting.profiles)
+    own = tuple((path, o.bits) for path, o in profiles if o.fingerprint == model.fingerprint)
     found: dict[tuple[str, Method], float] = {}
     for name in methods:
         for bits in setting.bits:
-            method = METHODS[name](Wanted(bits=bits, profile=setting.profile))
+            method = METHODS[name](Wanted(bits=bits, fingerprint=model.fingerprint, profiles=own))
             if method is not None:
                 found.setdefault((name, method), bits)
     return [(name, bits, method) for (name, method), bits in found.items()]

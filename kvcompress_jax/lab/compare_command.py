@@ -39,7 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B,B",
         help="stored bits per value, about, everything counted (default: 8,4.5,3.5,2.5)",
     )
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="of a calibration")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="of `kvcompress calibrate`, one for each rate, for the method `calibrated`",
+    )
     for name, default, least, what in (
         ("context", 1024, 64, "that are compressed"),
         ("continuation", 256, 2, "that are teacher-forced on the compressed context"),
@@ -111,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         sinks=args.sinks,
         window=args.window,
         facts=args.facts,
-        profile=args.profile,
+        profiles=tuple(args.profile),
         heat_bits=heat if args.facts else None,
     )
     texts = {path.stem: load_text(path) for path in args.text or []}

@@ -95,7 +95,7 @@ def _line(row: Row, several: bool) -> str:
 def as_json(comparison: Comparison, setting: Setting, *, command: str) -> dict[str, object]:
     """Every measurement."""
     settings = dataclasses.asdict(setting)
-    settings["profile"] = str(setting.profile) if setting.profile else None
+    settings["profiles"] = [str(path) for path in setting.profiles]
     return {
         "command": command,
         "jax": jax.__version__,

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 from kvcompress_jax.config import RECIPES, ConfigError
 from kvcompress_jax.importance.policies import POLICIES
 from kvcompress_jax.importance.policies.base import Policy
 from kvcompress_jax.lab.methods.base import Method
+from kvcompress_jax.lab.methods.calibrated import Calibrated
 from kvcompress_jax.lab.methods.embedded import Embedded
 from kvcompress_jax.lab.methods.evict import Evict
 from kvcompress_jax.lab.methods.fp8 import Fp8
@@ -28,11 +28,13 @@ class Wanted:
 
     Attributes:
       bits: about so many per value, overheads included.
-      profile: a file that calibration wrote, for methods that need one.
+      fingerprint: of the model.
+      profiles: files that calibration wrote for this model, and the bits that each was made for.
     """
 
     bits: float
-    profile: Path | None = None
+    fingerprint: str = ""
+    profiles: tuple[tuple[str, float], ...] = ()
 
 
 Factory = Callable[[Wanted], Method | None]
@@ -50,6 +52,14 @@ def _embedded(wanted: Wanted) -> Method | None:
         if wanted.bits >= least:
             return Embedded(config=RECIPES[name])
     return None
+
+
+def _calibrated(wanted: Wanted) -> Method | None:
+    """The profile of the most bits that are not above."""
+    fitting = [(bits, path) for path, bits in wanted.profiles if bits <= wanted.bits + 0.05]
+    if not fitting or max(fitting)[0] < wanted.bits - 0.5:
+        return None
+    return Calibrated(profile=max(fitting)[1], fingerprint=wanted.fingerprint)
 
 
 def _random_selection(wanted: Wanted) -> Method | None:
@@ -111,6 +121,7 @@ _EVICTIONS: dict[str, Factory] = {
 }
 
 METHODS: dict[str, Factory] = {
+    "calibrated": _calibrated,
     **_QUANTISERS,
     "random-selection": _random_selection,
     "specification": _specification,
@@ -126,6 +137,7 @@ METHODS: dict[str, Factory] = {
 """Name to factory. `policy+quantiser` evicts half of the tokens and quantises the others."""
 
 ALL = (
+    "calibrated",
     *_QUANTISERS,
     "random-selection",
     "specification",

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from kvcompress_jax.calibrated.calibrate import calibrate
-from kvcompress_jax.calibrated.profile import save_profile
+from kvcompress_jax.calibrated.profile import ProfileError, read_origin, save_profile
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.lab.bench import compress
 from kvcompress_jax.lab.methods.base import bits_per_value
 from kvcompress_jax.lab.methods.calibrated import Calibrated
+from kvcompress_jax.lab.methods.registry import METHODS, Wanted
 from kvcompress_jax.lab.replay import capture
 from kvcompress_jax.models.runner import make_runner
 from kvcompress_jax.paged import read_pages
@@ -60,3 +61,21 @@ def test_only_whole_contexts(tmp_path):
     method = Calibrated(profile=str(tmp_path / "none"), fingerprint="tiny")
     with pytest.raises(ValueError, match="context: expected tokens at positions 0, 1"):
         method(dataclasses.replace(context, gathered=True))
+
+
+def test_the_profile_for_a_rate():
+    profiles = (("a", 2.5), ("b", 3.5), ("c", 4.44))
+
+    def chosen(bits):
+        method = METHODS["calibrated"](Wanted(bits=bits, fingerprint="x", profiles=profiles))
+        return method and method.profile
+
+    assert [chosen(b) for b in (2.5, 3.4, 3.5, 4.5, 4.2, 8.0)] == ["a", None, "b", "c", None, None]
+    assert METHODS["calibrated"](Wanted(bits=2.5)) is None
+
+
+def test_origin_of_a_file_that_is_no_profile(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("no profile")
+    with pytest.raises(ProfileError, match="text: expected a profile of `kvcompress calibrate`"):
+        read_origin(path)
