@@ -156,7 +156,7 @@ def rank_tokens(importance: jax.Array, error: jax.Array) -> jax.Array:
     Returns:
       i32[tokens, heads]: the best token of each head first; of equals, the earlier one; NaN last.
     """
-    return order_tokens(importance * error)
+    return jnp.argsort(-(importance * error), axis=0, stable=True).astype(jnp.int32)
 
 
 def order_tokens(worth: jax.Array) -> jax.Array:
@@ -165,6 +165,11 @@ def order_tokens(worth: jax.Array) -> jax.Array:
     For the tokens of a page without a sort: a token's rank is the number of tokens that come
     before it. Comparing all pairs is quadratic work, but runs in parallel; XLA sorts on one thread
     of a CPU (measured: ten times the time for 64 tokens).
+
+    `worth` must be in memory before: an argument or a constant of the program, exact integers, or
+    the result of a loop, a condition or a sort. What XLA can compute again, fused into each of its
+    readers, it may round differently there, and ranks against two versions of a number are no
+    permutation. `rank_tokens` has no such condition.
     """
     if worth.shape[0] > COUNTED_TOKENS:
         return jnp.argsort(-worth, axis=0, stable=True).astype(jnp.int32)

@@ -77,6 +77,9 @@ def encode_page(
       The code, without leading axes.
     """
     fit = fit_page(keys, values, mass, seen, exact, learned, rule=rule, fine_rows=fine_rows)
+    if fit.worth is not None:  # nothing else keeps it in memory before `code_page` orders by it
+        order = jnp.argsort(-fit.worth, axis=-1, stable=True)
+        fit = dataclasses.replace(fit, worth=-jnp.argsort(order, axis=-1).astype(jnp.float32))
     return code_page(keys, values, fit, fine_rows=fine_rows)
 
 
@@ -122,7 +125,8 @@ def fit_page(
 
 
 def code_page(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: int) -> PageCode:
-    """The code of a page against its fit; arguments as in `encode_page`."""
+    """The code of a page against its fit; arguments as in `encode_page`. `fit.worth` must be in
+    memory: see `order_tokens`."""
     key_base, key_fine = encode(keys, fit.key_scale, axis=-2)
     value_base, value_fine = encode(values, fit.value_scale, axis=-1)
     base: tuple[jax.Array, ...] = (pack(key_base), pack(value_base))

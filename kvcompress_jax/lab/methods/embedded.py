@@ -40,11 +40,10 @@ class Embedded:
             refined = list(range(layers))
         rows = jnp.asarray([self.config.fine_rows if i in refined else 0 for i in range(layers)])
 
-        encoder = functools.partial(
-            encode_page,
-            rule=self.config.importance,
-            fine_rows=page,  # cut to `rows` later
-        )
+        # The tokens are in order of importance only where the fine plane covers some of them, as in
+        # the cache; a random choice needs the fine plane of all.
+        fine_rows = self.config.fine_rows if self.random_selection is None else page
+        encoder = functools.partial(encode_page, rule=self.config.importance, fine_rows=fine_rows)
 
         def one_layer(inputs: tuple[LayerTokens, jax.Array]) -> tuple[jax.Array, jax.Array]:
             layer, rows = inputs
@@ -84,15 +83,18 @@ class Embedded:
         """Keys and values [pages * page_size, heads, dim] in token order."""
         pages, heads, page = code.order.shape
         slot_of_token = jnp.argsort(code.order.astype(jnp.int32), axis=-1)
+        fine = refine(unpack(code.fine))  # [pages, 2, heads, fine_rows, dim]
         if self.random_selection is None:
-            slots = jnp.arange(page, dtype=jnp.int32) < rows
+            slots = jnp.arange(fine.shape[-2], dtype=jnp.int32) < rows
         else:
             key = jax.random.fold_in(jax.random.key(self.random_selection), layer)
             draw = jax.random.uniform(key, (pages, heads, page))
             slots = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1) < rows
-        slots = jnp.broadcast_to(slots, code.order.shape)[:, None, :, :, None]
-        fine = jnp.where(slots, refine(unpack(code.fine)), 0.0)
-        position = unpack(code.base).astype(jnp.float32) + fine
+        slots = jnp.broadcast_to(slots, (pages, heads, fine.shape[-2]))[:, None, :, :, None]
+        refined, coarse = jnp.split(
+            unpack(code.base).astype(jnp.float32), [fine.shape[-2]], axis=-2
+        )
+        position = jnp.concatenate([refined + jnp.where(slots, fine, 0.0), coarse], axis=-2)
         decoded = (
             reconstruct(position[:, 0], code.key_scale, axis=-2),
             reconstruct(position[:, 1], code.value_scale, axis=-1),
