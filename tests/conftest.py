@@ -1,9 +1,11 @@
 """Strict everywhere: no implicit promotion, no implicit broadcasting of ranks."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -12,3 +14,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+MAPPINGS = Path("/proc/self/maps")
+MAPPINGS_LIMIT = Path("/proc/sys/vm/max_map_count")
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs():
+    """Every program that XLA compiled for a CPU holds some memory mappings. A process may have
+    65,530 of them on Linux, and LLVM crashes when it gets no more: hundreds of tests later, in one
+    that has done nothing wrong."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS_LIMIT.exists():
+        with MAPPINGS.open("rb") as lines:
+            if sum(1 for _ in lines) > int(MAPPINGS_LIMIT.read_text()) // 2:
+                jax.clear_caches()
