@@ -1,18 +1,6 @@
-"""Pages outside memory: the page file, and the disk tier that holds many of them.
+"""Pages outside memory: `page_file` (one page as a file), `disk_tier` (many of them, below host
+memory), `scrub` (is everything right?).
 
-Needs the extra `storage` (xxhash, zstandard); nothing here touches a device.
+Needs the extra `storage` (xxhash, zstandard), and therefore imports nothing by itself. Nothing here
+touches a device.
 """
-
-from kvcompress_jax.storage.disk_tier import DiskTier
-from kvcompress_jax.storage.errors import DiskTierError, PageFileError
-from kvcompress_jax.storage.page_file import PageRecord, decode_page, encode_page, read_header
-
-__all__ = [
-    "DiskTier",
-    "DiskTierError",
-    "PageFileError",
-    "PageRecord",
-    "decode_page",
-    "encode_page",
-    "read_header",
-]

@@ -2,16 +2,17 @@
 
 from typing import Literal
 
-Fault = Literal["foreign", "version", "truncated", "corrupted", "unreadable"]
+Fault = Literal["foreign", "version", "truncated", "corrupted", "misnamed", "unreadable"]
 
 
 class PageFileError(ValueError):
     """Bytes that are not a page that this version reads.
 
     Attributes:
-      fault: "foreign": no page file, or one of another model, code or key; "version": of another
-        version of the format; "truncated": its end is missing; "corrupted": anything else that is
-        wrong with its bytes; "unreadable": the system does not give them.
+      fault: "foreign": no page file, or one of another model or code; "version": of another version
+        of the format; "truncated": its end is missing; "corrupted": anything else that is wrong
+        with its bytes; "misnamed": a page under the name of another one; "unreadable": the system
+        does not give its bytes.
     """
 
     def __init__(self, fault: Fault, message: str) -> None:

@@ -27,6 +27,40 @@ LOCK = ".lock"
 logger = logging.getLogger(__name__)
 
 
+def file_name(key: bytes) -> str:
+    """Of a page, within its folder."""
+    return key.hex() + SUFFIX
+
+
+def check_name(path: Path, key: bytes) -> None:
+    """Raises PageFileError when a page's file has the name of another page."""
+    if path.name != file_name(key):
+        raise PageFileError("misnamed", f"expected the name {file_name(key)}, got {path.name}")
+
+
+def lock(folder: Path) -> int:
+    """Takes a folder for this process alone; closing the handle that it returns gives it back.
+
+    Raises:
+      DiskTierError: it cannot be written to, or somebody has it.
+    """
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise DiskTierError(f"{folder}: expected a folder to write to: {e.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise DiskTierError(f"{folder}: expected it for us alone, another tier uses it") from None
+    return handle
+
+
+def is_temporary(name: str) -> bool:
+    """Whether it is the name of a file that was never finished."""
+    return name.startswith(".") and name.endswith(TEMPORARY)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A page on disk."""
@@ -83,21 +117,15 @@ class PageFolder:
         self.used_bytes = 0
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise DiskTierError(f"{folder}: expected a folder to write to: {e.strerror}") from None
+        self._lock = lock(folder)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._scan()
-            self._make_room(0)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise DiskTierError(
-                f"{folder}: expected it for us alone, another tier uses it"
-            ) from None
         except OSError as e:
-            os.close(self._lock)
+            self.close()
             raise DiskTierError(f"{folder}: expected a folder to read: {e.strerror}") from None
+        self._make_room(0)
 
     def close(self) -> None:
         """Lets another process have the folder."""
@@ -105,7 +133,7 @@ class PageFolder:
 
     def path(self, key: bytes) -> Path:
         """Of a page's file."""
-        return self.folder / (key.hex() + SUFFIX)
+        return self.folder / file_name(key)
 
     def write(self, record: PageRecord) -> None:
         """Stores a page in the place of the one under its key; others go if there is no room, least
@@ -181,7 +209,7 @@ class PageFolder:
                 path = Path(each.path)
                 if each.name == LOCK:
                     continue
-                if each.name.startswith(".") and each.name.endswith(TEMPORARY):
+                if is_temporary(each.name):
                     self.files.delete(path)  # of a process that was killed while it wrote
                     continue
                 try:
@@ -221,5 +249,4 @@ class PageFolder:
                 f"expected a page of model {self.model} and code {self.codec},"
                 f" got {header.model} and {header.codec}",
             )
-        if path != self.path(header.key):
-            raise PageFileError("foreign", f"expected the page that its name says, got {path.name}")
+        check_name(path, header.key)

@@ -70,9 +70,9 @@ class PageRecord:
         for name in ("tokens_hash", "session"):
             x = getattr(self, name)
             _expect(name, f"at most {MAX_KEY_BYTES} bytes", len(x) <= MAX_KEY_BYTES, x)
-        for text in (self.model, self.codec, *self.planes):
-            fits = 0 < len(text) <= MAX_TEXT
-            _expect("name", f"1 to {MAX_TEXT} characters", fits, text)
+        names = [("model", self.model), ("codec", self.codec)]
+        for what, text in (*names, *(("plane", name) for name in self.planes)):
+            _expect(what, f"1 to {MAX_TEXT} characters", 0 < len(text) <= MAX_TEXT, text)
         _expect("level", "0 to 255", 0 <= self.level <= 255, self.level)
         count = len(self.planes)
         _expect("planes", f"at most {MAX_PLANES}", count <= MAX_PLANES, count)

@@ -6,8 +6,8 @@ import os
 import ml_dtypes
 import numpy as np
 
-from kvcompress_jax.storage import PageRecord
 from kvcompress_jax.storage.files import Files
+from kvcompress_jax.storage.page_file import PageRecord
 
 
 def planes(seed: int = 0, *, tokens: int = 16) -> dict[str, np.ndarray]:

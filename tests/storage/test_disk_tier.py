@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from kvcompress_jax.storage import DiskTier, DiskTierError
+from kvcompress_jax.storage.disk_tier import DiskTier
+from kvcompress_jax.storage.errors import DiskTierError
 from tests.storage.pages import (
     BROKEN,
     FULL,
@@ -105,7 +106,7 @@ def test_the_budget_holds_and_the_least_used_go(tmp_path):
 
 
 def encoded(seed):
-    from kvcompress_jax.storage import encode_page
+    from kvcompress_jax.storage.page_file import encode_page
 
     return encode_page(record(seed, key=b"%d" % seed, model="m", codec="c", tokens_hash=b""))
 
