@@ -155,3 +155,22 @@ def test_a_link_or_a_pipe_is_not_read(tmp_path):
         Files().read(tmp_path / "link")
     with pytest.raises(PageFileError, match="regular file"):
         Files().read(tmp_path)
+
+
+def test_importing_the_package_needs_no_extra():
+    import subprocess
+    import sys
+
+    code = """
+import sys
+import kvcompress_jax.storage.commands, kvcompress_jax.cli
+assert not {"xxhash", "zstandard"} & set(sys.modules)
+from kvcompress_jax.storage import DiskTier, __all__
+assert DiskTier.__module__ == "kvcompress_jax.storage.disk_tier" and "xxhash" in sys.modules
+import kvcompress_jax.storage as storage
+for name in __all__:
+    getattr(storage, name)
+assert not hasattr(storage, "Other")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
