@@ -23,7 +23,7 @@ class DiskStats:
     used_bytes: int  # of files
     pages: int
     queued_bytes: int  # planes in memory that wait to be written
-    arrived_bytes: int  # planes in memory that were read and not yet fetched
+    arrived_bytes: int  # planes in memory that were read
     written: int
     read: int
     hits: int  # `get` that returned planes
@@ -41,8 +41,8 @@ class DiskTier:
     first. What it holds survives a restart.
 
     `put`, `get`, `in`, `drop` and `settle` never wait for the disk: one thread writes and reads.
-    What waits to be written, and what was read and not fetched yet, is bounded by `queue_bytes`
-    each. All methods may be called from any thread.
+    What waits to be written, and what was read last and is still in memory, is bounded by
+    `queue_bytes` each. All methods may be called from any thread.
 
         tier.put(key, {"fine": planes})      # later:
         planes = tier.get(key)               # None: not here, or not here yet (`key in tier`)
@@ -70,7 +70,7 @@ class DiskTier:
           model: fingerprint of the model; pages of others are not used.
           codec: fingerprint of the code that planes are in; pages in others are not used.
           compression: level of zstandard; None: planes as they are.
-          queue_bytes: most bytes that wait to be written; and most that wait to be fetched.
+          queue_bytes: of host memory for what waits to be written, and as many for what was read.
           pause_s: after a write that failed; doubled while they fail, up to a minute.
           files: system calls.
 
@@ -151,8 +151,9 @@ class DiskTier:
         """The planes of a key, if they are in memory; if they are on disk, begins to read them.
 
         Returns:
-          Read-only arrays by name. None: there are none, or, if `key in tier`, not yet; ask again
-          when `settle` names the key.
+          Read-only arrays by name, which stay in memory until `drop`, or until others that were
+          read since take their room. None: there are none, or, if `key in tier`, not yet; ask
+          again when `settle` names the key.
         """
         return self._work.get(key)
 

@@ -61,7 +61,7 @@ class Worker:
     # Called from any thread
 
     def has(self, key: bytes) -> bool:
-        """Whether the planes of a key are here or will be; holds `condition` already."""
+        """Whether the planes of a key are here or will be; `condition` is held already."""
         if key in self._writes or key in self._arrived:
             return True
         if key in self._drops or key == self._dropping:
@@ -71,7 +71,7 @@ class Worker:
         return key in self.store.index
 
     def has_arrived(self, key: bytes) -> bool:
-        """Whether planes wait for `get`; holds `condition` already."""
+        """Whether planes that were read are in memory; `condition` is held already."""
         return key in self._arrived
 
     def put(self, record: PageRecord) -> bool:
@@ -96,7 +96,7 @@ class Worker:
             record = self._writes.get(key)
             if record is None and key in self._arrived:
                 record = self._arrived[key]
-                self._forget_arrived(key)
+                self._arrived.move_to_end(key)
             writing = self._writing
             if record is None and self.has(key) and writing is not None and writing.key == key:
                 record = writing

@@ -114,13 +114,14 @@ def forged(data: bytes, rng: random.Random) -> bytes:
         payload = payload[plane["stored_bytes"] :]
     for _ in range(rng.choice((1, 1, 2))):
         i = rng.randrange(len(parts)) if parts else 0
+        described = isinstance(header["planes"], list) and i < len(header["planes"])
         kind = rng.randrange(8)
         if kind == 0:
             header[rng.choice(list(header))] = rng.choice(WEIRD)
-        elif kind == 1 and parts and isinstance(header["planes"], list):
+        elif kind == 1 and described:
             plane = header["planes"][i]
             plane[rng.choice(list(plane))] = rng.choice((*WEIRD, *DTYPES))
-        elif kind == 2 and parts and isinstance(header["planes"], list):
+        elif kind == 2 and described:
             header["planes"][i]["shape"] = [rng.choice(WEIRD[:7]) for _ in range(rng.randrange(5))]
         elif kind == 3 and parts:
             parts[i] = damaged(parts[i], rng)
@@ -133,7 +134,7 @@ def forged(data: bytes, rng: random.Random) -> bytes:
             parts[i] = bytes(frame)
         elif kind == 6:
             header["extra" if rng.random() < 0.5 else "key"] = "0" * rng.choice((2, 128, 10**4))
-        elif parts and isinstance(header["planes"], list):
+        elif described:
             header["planes"][i]["encoding"] = rng.choice(("raw", "zstd"))
     if isinstance(header.get("planes"), list):
         for plane, part in zip(header["planes"], parts, strict=False):

@@ -47,7 +47,11 @@ def test_planes_come_back(tier):
     assert sorted(tier.settle()) == [b"2", b"3"] and tier.settle() == []
     stats = tier.stats()
     assert (stats.written, stats.read, stats.hits, stats.misses) == (5, 2, 2, 2)
-    assert stats.errors == stats.lost == stats.damaged == stats.arrived_bytes == 0
+    assert stats.errors == stats.lost == stats.damaged == 0
+    assert stats.arrived_bytes == 2 * sum(p.nbytes for p in planes().values())
+    tier.drop(b"2")
+    tier.drop(b"3")
+    assert tier.stats().arrived_bytes == 0 and tier.get(b"3") is None and b"3" not in tier
 
 
 def test_a_restart_finds_everything(tmp_path):
