@@ -10,8 +10,11 @@ from typing import NoReturn
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
 from kvcompress_jax.lab import compare_command
 from kvcompress_jax.paged.layout import PAGE_SIZES
+from kvcompress_jax.storage import commands as storage_commands
+from kvcompress_jax.storage.errors import DiskTierError
 
 USAGE_ERROR = 2
+EXTRAS = {"flax": "lab", "optax": "lab", "xxhash": "storage", "zstandard": "storage"}
 
 MODEL = "smollm2|FILE.gguf|DIR"
 MODEL_HELP = (
@@ -36,21 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kvcompress_jax.models.errors import ModelError
 
     try:
-        args.run(args)
-    except (ConfigError, ModelError, TextError, OutputError) as e:
+        return args.run(args) or 0
+    except (ConfigError, ModelError, TextError, OutputError, DiskTierError) as e:
         print(f"kvcompress {args.command}: {e}", file=sys.stderr)
         return USAGE_ERROR
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("kvcompress_jax"):
             raise
-        extra = "lab" if e.name in ("flax", "optax") else "demo"
+        extra = EXTRAS.get(e.name or "", "demo")
         reason = f"package {e.name} is not installed: pip install 'kvcompress-jax[{extra}]'"
         print(f"kvcompress {args.command}: {reason}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print(f"kvcompress {args.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare_command.add_arguments(compare)
     compare.set_defaults(run=compare_command.run)
+    storage_commands.add_commands(commands.add_parser)
     return parser
 
 
