@@ -7,18 +7,11 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from kvcompress_jax.manager.device import Device
 from kvcompress_jax.manager.page import NONE, Page
 from kvcompress_jax.paged.cache import PagedCache
-from kvcompress_jax.paged.transfer import (
-    PageIds,
-    RawImage,
-    SealedImage,
-    export_pages,
-    import_pages,
-)
+from kvcompress_jax.paged.transfer import PageIds, RawImage, SealedImage
 
-_export = jax.jit(export_pages)
-_import = jax.jit(import_pages, donate_argnums=0)
 _Tree = TypeVar("_Tree")
 
 
@@ -45,6 +38,7 @@ class Swapped:
 
     def back(
         self,
+        device: Device,
         cache: PagedCache,
         raw: ListOf[int],
         sealed: ListOf[int],
@@ -61,14 +55,14 @@ class Swapped:
             page.sink = next(next_sink) if self.sinks[k] else NONE
         ids = _ids(self.raw, self.sealed, cache.layout.layers)
         raw_image, sealed_image = self.images
-        return _import(cache, ids, _pad_rows(raw_image), _pad_rows(sealed_image))
+        return device.restore(cache, ids, (_pad_rows(raw_image), _pad_rows(sealed_image)))
 
 
-def out(cache: PagedCache, pages: ListOf[Page]) -> Swapped:
+def out(device: Device, cache: PagedCache, pages: ListOf[Page]) -> Swapped:
     """Copies pages to host memory; waits for the device."""
     raw = tuple(p for p in pages if p.sealed == NONE)
     sealed = tuple(p for p in pages if p.sealed != NONE)
-    images = jax.device_get(_export(cache, _ids(raw, sealed, cache.layout.layers)))
+    images = jax.device_get(device.export(cache, _ids(raw, sealed, cache.layout.layers)))
     raw_image, sealed_image = images
     return Swapped(
         raw=raw,

@@ -256,7 +256,7 @@ def _skip_the_copy_of_a_fork(manager):
 
     def broken(sequence):
         child = fork(sequence)
-        manager._copies.clear()
+        manager._lives.copies.clear()
         return child
 
     manager.fork = broken
@@ -267,7 +267,7 @@ def _share_the_last_page_of_a_fork(manager):
         parent = manager.sequences[sequence]
         child = manager.sequences[manager.add()]
         for page in parent.pages:
-            manager._adopt(child, page)
+            manager.store.adopt(child, page)
         child.length = parent.length
         manager._tables.refresh(child)
         return child.id
@@ -276,7 +276,7 @@ def _share_the_last_page_of_a_fork(manager):
 
 
 def _lose_the_level_of_a_floor_layer(manager):
-    manager.floors = frozenset()
+    manager.store.floors = frozenset()
 
 
 def _keep_the_chunks_of_evicted_pages(manager):

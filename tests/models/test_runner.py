@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvcompress_jax.config import CompressionConfig
-from kvcompress_jax.manager import OutOfPagesError, kv_manager
+from kvcompress_jax.manager import OutOfPagesError, device
 from kvcompress_jax.models.dense import dense_forward
 from kvcompress_jax.models.runner import make_runner, run_step
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
@@ -151,7 +151,7 @@ def test_a_step_and_a_plan_work_in_place(monkeypatch, kv_dtype, enabled):
 
     monkeypatch.setattr("kvcompress_jax.models.runner.run_step", spy(run_step))
     monkeypatch.setattr(
-        "kvcompress_jax.manager.kv_manager._apply_plan", spy(kv_manager._apply_plan)
+        "kvcompress_jax.manager.device.apply_plan_in_place", spy(device.apply_plan_in_place)
     )
     runner.extend(runner.manager.add(), [1] * 224)
     pools = sum(x.nbytes for x in jax.tree.leaves(runner.cache))
