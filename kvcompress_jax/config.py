@@ -39,6 +39,10 @@ class CompressionConfig:
         the median of all sealed pages, while only pages no hotter than the median are demoted for
         their age (hysteresis); at least 1.
       heat_decay: what is left of a page's heat after a step; in (0, 1).
+      prefix_cache_bytes: None: every prompt is fed from its beginning. Otherwise sealed pages stay
+        on the device, for later prompts with the same beginning, until there is need of them, and
+        so much host memory is for the raw pages of the window at the end of such a beginning;
+        without a window it may be 0.
       profile: file of a calibrated code (`kvcompress calibrate`): sealed pages then have level 3,
         below all others, and `levels`, `ratio` and `seal_level` do not matter.
       weights: of the importance that orders the tokens of a page.
@@ -61,6 +65,7 @@ class CompressionConfig:
     demote_after_tokens: int | None = None
     floor_layers: tuple[int, ...] = ()
     host_bytes: int = 0
+    prefix_cache_bytes: int | None = None
     profile: str | None = None
     promote_heat: float = 2.0
     heat_decay: float = 0.95
@@ -103,6 +108,13 @@ class CompressionConfig:
             learned = self.learned_importance
             _check(learned is None, "learned_importance", "None with a profile", learned)
         _check(self.host_bytes >= 0, "host_bytes", "at least 0", self.host_bytes)
+        prefix = self.prefix_cache_bytes
+        _check(
+            prefix is None or prefix > 0 or (prefix == 0 and self.window_tokens == 0),
+            "prefix_cache_bytes",
+            f"None, or more than 0 with window_tokens={self.window_tokens}",
+            prefix,
+        )
         _check(self.promote_heat >= 1, "promote_heat", "at least 1", self.promote_heat)
         _check(self.magnitude in MAGNITUDES, "magnitude", list(MAGNITUDES), self.magnitude)
         _check(self.attention in ATTENTIONS, "attention", list(ATTENTIONS), self.attention)
@@ -141,8 +153,8 @@ class CompressionConfig:
         `VLLM_ENABLE_KV_COMPRESSION` (default 1), `VLLM_KV_COMPRESSION_RATIO` (0.5),
         `VLLM_KV_COMPRESSION_LEVELS` (3), `KVCOMPRESS_PAGE_SIZE`, `KVCOMPRESS_WINDOW_TOKENS`,
         `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS`,
-        `KVCOMPRESS_HOST_BYTES`, `KVCOMPRESS_PROFILE`, `KVCOMPRESS_LEARNED_IMPORTANCE` and
-        `KVCOMPRESS_TELEMETRY_SHARE`.
+        `KVCOMPRESS_HOST_BYTES`, `KVCOMPRESS_PREFIX_CACHE_BYTES`, `KVCOMPRESS_PROFILE`,
+        `KVCOMPRESS_LEARNED_IMPORTANCE` and `KVCOMPRESS_TELEMETRY_SHARE`.
 
         Args:
           environ: variables to read.
@@ -323,13 +335,19 @@ _VARIABLES = (
     ("KVCOMPRESS_SEAL_LEVEL", "seal_level", _whole),
     ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "demote_after_tokens", _whole),
     ("KVCOMPRESS_HOST_BYTES", "host_bytes", _whole),
+    ("KVCOMPRESS_PREFIX_CACHE_BYTES", "prefix_cache_bytes", _whole),
     ("KVCOMPRESS_PROFILE", "profile", str),
     ("KVCOMPRESS_LEARNED_IMPORTANCE", "learned_importance", str),
     ("KVCOMPRESS_TELEMETRY_SHARE", "telemetry_share", _number),
 )
 
 # Of fields whose default is None.
-_TYPES = {"demote_after_tokens": int, "profile": str, "learned_importance": str}
+_TYPES = {
+    "demote_after_tokens": int,
+    "prefix_cache_bytes": int,
+    "profile": str,
+    "learned_importance": str,
+}
 
 RECIPES = {
     "safe": CompressionConfig(levels=2),

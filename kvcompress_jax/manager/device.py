@@ -13,12 +13,17 @@ from kvcompress_jax.paged.transfer import (
     RawImage,
     SealedImage,
     export_pages,
+    export_raw,
     import_pages,
+    import_raw,
 )
 
 apply_plan_in_place = jax.jit(apply_plan, donate_argnums=0)
 _fine_planes = jax.jit(lambda cache, chunks: cache.fine[chunks])
 _export = jax.jit(export_pages)
+_export_raw = jax.jit(export_raw)
+_import_raw = jax.jit(import_raw, donate_argnums=0)
+_heat = jax.jit(lambda cache: cache.heat + 0.0)  # a copy: the cache is donated to the next step
 _import = jax.jit(import_pages, donate_argnums=0)
 
 
@@ -41,6 +46,15 @@ class Device(Protocol):
         self, cache: PagedCache, ids: PageIds, images: tuple[RawImage, SealedImage]
     ) -> PagedCache:
         """Writes pages back; `cache` is donated."""
+
+    def export_raw(self, cache: PagedCache, raw: list[int]) -> RawImage:
+        """Copies raw pages out of the pools. Does not wait."""
+
+    def restore_raw(self, cache: PagedCache, raw: list[int], image: RawImage) -> PagedCache:
+        """Writes raw pages back; `cache` is donated."""
+
+    def heat(self, cache: PagedCache) -> jax.Array | np.ndarray:
+        """f32[sealed_pages], copied, and on its way to the host. Does not wait."""
 
     def why_rejected(self, cache: PagedCache, raw: int, first_page: int) -> str:
         """Names what is wrong with a raw page that could not be sealed. Waits."""
@@ -65,6 +79,17 @@ class JaxDevice:
         self, cache: PagedCache, ids: PageIds, images: tuple[RawImage, SealedImage]
     ) -> PagedCache:
         return _import(cache, ids, *images)
+
+    def export_raw(self, cache: PagedCache, raw: list[int]) -> RawImage:
+        return _export_raw(cache, np.array(raw, np.int32))
+
+    def restore_raw(self, cache: PagedCache, raw: list[int], image: RawImage) -> PagedCache:
+        return _import_raw(cache, np.array(raw, np.int32), image)
+
+    def heat(self, cache: PagedCache) -> jax.Array:
+        heat = _heat(cache)
+        heat.copy_to_host_async()
+        return heat
 
     def why_rejected(self, cache: PagedCache, raw: int, first_page: int) -> str:
         """Names layer, head and page of the first value that is not finite."""

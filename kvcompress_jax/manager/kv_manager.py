@@ -1,20 +1,29 @@
 """The paged KV manager: sequences, pages, levels. Plain Python; keys and values never pass it."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
 
 import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
-from kvcompress_jax.manager import stats, swap
+from kvcompress_jax.manager import stats
 from kvcompress_jax.manager.counters import Counters
 from kvcompress_jax.manager.device import Device, JaxDevice
 from kvcompress_jax.manager.draft import ENTRIES, Draft
-from kvcompress_jax.manager.free_list import OutOfPagesError
+from kvcompress_jax.manager.free_list import NO_SHARES
+from kvcompress_jax.manager.heat_reader import HeatReader
+from kvcompress_jax.manager.host_tier import Below
 from kvcompress_jax.manager.level_control import LevelControl
+from kvcompress_jax.manager.levels import Coldness
 from kvcompress_jax.manager.lives import Lives
-from kvcompress_jax.manager.page import NONE
 from kvcompress_jax.manager.page_store import PageStore
+from kvcompress_jax.manager.preemption import Preemption
+from kvcompress_jax.manager.prefix_cache import PrefixCache
+from kvcompress_jax.manager.schedule import Schedule
 from kvcompress_jax.manager.tables import TableRows
+from kvcompress_jax.manager.verify import verify
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
 from kvcompress_jax.paged.plan import Plan
@@ -41,7 +50,11 @@ class KVCacheManager:
         config: CompressionConfig,
         *,
         max_sequences: int,
+        fingerprint: str = "",
+        tenant_shares: Mapping[str, float] = NO_SHARES,
+        disk: Below | None = None,
         device: Device | None = None,
+        coldness: Coldness | None = None,
     ) -> None:
         """
         Args:
@@ -49,31 +62,117 @@ class KVCacheManager:
           sizes: of the pools.
           config: what is done with pages.
           max_sequences: that are on the device at the same time.
+          fingerprint: of the model.
+          tenant_shares: by tenant, part of every pool that is theirs at any time, and all that they
+            get; tenants that are not named share the rest.
+          disk: where fine planes go that find no room in host memory; None: they are lost.
           device: what holds the pools; None: JAX.
+          coldness: in what order pages are demoted under pressure; None: by their heat.
+
+        Raises:
+          ConfigError: the shares are more than there is.
         """
         self.layout = layout
         self.sizes = sizes
         self.config = config
         self.device = JaxDevice() if device is None else device
         self.counters = Counters()
-        self.store = store = PageStore(layout, sizes, config, max_sequences)
+        self.store = store = PageStore(layout, sizes, config, max_sequences, tenant_shares, disk)
         self.raw, self.sealed, self.chunks = store.raw, store.sealed, store.chunks
         self.sinks, self.rows, self.host = store.sinks, store.rows, store.host
         self.sequences, self.pages = store.sequences, store.pages
         self._tables = TableRows(max_sequences)
-        self._lives = Lives(store, self._tables, self.counters)
-        self._control = LevelControl(store, self._tables, config, self.counters, self.device)
+        schedule = Schedule(store, config, self._tables.length)
+        self._lives = Lives(store, self._tables, schedule, self.counters)
+        self.prefixes = PrefixCache(
+            store,
+            self.counters,
+            self.device,
+            fingerprint=f"{fingerprint} {layout} {config}",
+            window_tokens=config.window_tokens,
+            sealed_level=config.sealed_level,
+            host_bytes=config.prefix_cache_bytes or 0,
+        )
+        self._control = LevelControl(
+            store,
+            self._tables,
+            schedule,
+            self.prefixes,
+            config,
+            self.counters,
+            self.device,
+            coldness,
+        )
+        self._preemption = Preemption(self._lives, self._control, self.prefixes, self.device)
+        self._heat = HeatReader(self.device, self._control)
         self.shadows = self._control.shadows
 
     # Sequences
 
-    def add(self) -> int:
+    def add(self, tenant: str = "") -> int:
         """A new, empty sequence.
 
+        Args:
+          tenant: whose it is. Tenants share no pages, and the pages of one are not demoted for
+            those of another.
+
         Raises:
-          OutOfPagesError: `max_sequences` are on the device already.
+          OutOfPagesError: `max_sequences`, or the tenant's share, are on the device already.
         """
-        return self._lives.add().id
+        return self._lives.add(tenant).id
+
+    def add_prompt(
+        self, cache: PagedCache, tokens: ListOf[int], *, step_tokens: int, tenant: str = ""
+    ) -> tuple[int, PagedCache]:
+        """A new sequence that begins with the longest prefix of a prompt that is remembered; its
+        `length` says how many tokens need not be fed any more. `cache` is donated.
+
+        Args:
+          cache: the cache.
+          tokens: the prompt.
+          step_tokens: it will be fed so many at a time; a prefix that was fed in other steps is
+            another one (`kvcompress_jax.manager.prefix_cache`).
+          tenant: whose it is; only its own prefixes are found.
+
+        Raises:
+          OutOfPagesError: no room for a sequence, or for the prefix's raw pages.
+        """
+        prefix = None
+        if self.config.prefix_cache_bytes is not None:
+            prefix = self.prefixes.find(tenant, tokens, step_tokens)
+        if prefix is not None:
+            self.raw.require(prefix.raw_pages, tenant)
+        sequence = self._lives.add(tenant)
+        if prefix is not None:
+            raw, window = self.prefixes.join(sequence, prefix)
+            if window is not None:
+                cache = self.device.restore_raw(cache, raw, window)
+            self._lives.refresh(sequence)
+            if self.config.sealed_level == 1:
+                low = [p for p in sequence.pages if p.level == 2 and p.uid in self.host]
+                self._control.ask(1, low)
+        return sequence.id, cache
+
+    def remember(self, sequence_id: int, tokens: ListOf[int], cache: PagedCache) -> None:
+        """Lets later prompts begin where this sequence is. Call it after each step of a prompt,
+        when `advance` has done what is due; without a prefix cache it does nothing.
+
+        Args:
+          sequence_id: fed from its beginning, or from a prefix, with steps of a prompt only.
+          tokens: all that it was fed.
+          cache: read, to keep the raw pages of the window.
+
+        Raises:
+          ValueError: another number of tokens than the sequence has, or it is preempted.
+        """
+        sequence = self._lives.resident(sequence_id)
+        if len(tokens) != sequence.length:
+            raise ValueError(f"tokens: expected {sequence.length}, got {len(tokens)}")
+        if self.config.prefix_cache_bytes is not None and self.config.compresses:
+            merged = self.counters.pages_merged
+            self.prefixes.remember(sequence, tokens, cache)
+            if self.counters.pages_merged != merged:
+                self._lives.refresh(sequence)
 
     def length(self, sequence_id: int) -> int:
         """Tokens of a sequence, the ones that slots were just handed out for included."""
@@ -93,20 +192,34 @@ class KVCacheManager:
             raise ValueError(f"tokens: expected at least 1, got {tokens}")
         return self._lives.append_slots(self._lives.resident(sequence_id), tokens)
 
-    def append_slots_to_all(self, growth: ListOf[tuple[int, int]]) -> list[np.ndarray]:
-        """`append_slots` for (sequence, tokens) pairs of distinct sequences: all of them or none.
+    def append_step(
+        self, decoding: ListOf[int], prefilling: tuple[int, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Room for a step of distinct sequences: all of it or none.
+
+        Args:
+          decoding: sequences that get one more token.
+          prefilling: a sequence and how many tokens it gets.
+
+        Returns:
+          i32[decoding] positions and i32[decoding] slots of the tokens, i32[tokens] slots of the
+          prefilling sequence.
 
         Raises:
           OutOfPagesError: too few raw pages for all of them together.
+          ValueError: as `append_slots`.
         """
-        size = self.layout.page_size
-        need = 0
-        for sequence_id, tokens in growth:
-            length = self._lives.resident(sequence_id).length
-            need += -(-(length + tokens) // size) - -(-length // size)
-        if need > self.raw.free:
-            raise OutOfPagesError(f"raw pages: expected {need} free, got {self.raw.free}")
-        return [self.append_slots(sequence_id, tokens) for sequence_id, tokens in growth]
+        chunk = np.zeros(0, np.int32)
+        if prefilling is not None:
+            sequence, tokens = self._lives.resident(prefilling[0]), prefilling[1]
+            rows = self._lives.rows(decoding)
+            starting = np.flatnonzero(self._tables.length[rows] % self.layout.page_size == 0)
+            growing = [(self.sequences[decoding[i]], 1) for i in starting.tolist()]
+            growing.append((sequence, self._lives.new_pages_for(sequence, tokens)))
+            self._lives.require_raw(growing)
+            chunk = self.append_slots(sequence.id, tokens)
+        position, slots = self._lives.append_token_each(decoding)
+        return position, slots, chunk
 
     def fork(self, sequence_id: int) -> int:
         """A second sequence with the same tokens. Full pages are shared; an unfinished one is
@@ -121,8 +234,11 @@ class KVCacheManager:
         return self._lives.fork(self._lives.resident(sequence_id)).id
 
     def free(self, sequence_id: int) -> None:
-        """Ends a sequence; pages that no other one holds return to their pools."""
-        self._lives.free(self._lives.find(sequence_id))
+        """Ends a sequence; pages that no other one holds return to their pools, but for those of
+        remembered prefixes, which stay until there is need of them."""
+        sequence = self._lives.find(sequence_id)
+        self._lives.free(sequence)
+        self.prefixes.leave(sequence)
 
     def evict(self, sequence_id: int, indices: ListOf[int]) -> None:
         """Drops full pages of a sequence for good (lossy): it no longer attends to their tokens.
@@ -131,7 +247,9 @@ class KVCacheManager:
         Raises:
           ValueError: an index is not that of a full page of this sequence.
         """
-        self._lives.evict(self._lives.resident(sequence_id), indices)
+        sequence = self._lives.resident(sequence_id)
+        self._lives.evict(sequence, indices)
+        self.prefixes.leave(sequence)
 
     # Steps
 
@@ -144,6 +262,7 @@ class KVCacheManager:
         `apply_plan` and a later `commit`.
         """
         self.commit(cache)
+        self._heat.step(cache)
         while (plan := self.plan(cache)) is not None:
             cache = self.device.apply(cache, plan)
             self.commit(cache)
@@ -162,7 +281,7 @@ class KVCacheManager:
         """
         if self.store.pending:
             raise RuntimeError("plan: expected the last plan to be confirmed by commit()")
-        self.host.settle()
+        self.prefixes.settle()
         draft = Draft(shadows=[] if self.sizes.shadow_pages else None)
         copies = self._lives.copies
         draft.copies = [copies.pop(0) for _ in range(min(len(copies), ENTRIES))]
@@ -192,23 +311,22 @@ class KVCacheManager:
         Raises:
           ValueError: a sequence is preempted.
         """
-        rows = [self._lives.resident(i).row for i in sequence_ids]
+        rows = self._lives.rows(sequence_ids)
         return self._tables.table(rows, padded_rows or len(rows), sealed_columns)
 
     def report_heat(self, heat: np.ndarray) -> None:
         """Takes `cache.heat`, f32[sealed_pages], possibly some steps old, as the heat of pages."""
-        for page in self.pages.values():
-            if page.sealed != NONE:
-                page.heat = float(heat[page.sealed])
+        self._control.report_heat(heat, np.ones(len(heat), bool))
 
     # Levels on request
 
     def demote_pages(self, sequence_id: int, indices: ListOf[int]) -> None:
         """Asks the next plans for level 2. Pages that are not at level 1 stay as they are, and so
-        do shared ones: one owner does not decide for the others."""
-        pages = self._lives.find(sequence_id).pages
-        alone = {sequence_id}
-        self._control.ask(2, (p for p in pages if p.index in indices and p.owners == alone))
+        do shared ones until all their owners asked: one does not decide for the others."""
+        pages = [p for p in self._lives.find(sequence_id).pages if p.index in indices]
+        for page in pages:
+            page.votes.add(sequence_id)
+        self._control.ask(2, [p for p in pages if p.votes >= p.owners])
 
     def promote_pages(self, sequence_id: int, indices: ListOf[int]) -> None:
         """Asks the next plans for level 1. A page whose fine plane was not kept, or that finds no
@@ -226,19 +344,7 @@ class KVCacheManager:
           RuntimeError: a fork still waits for its plan.
           ValueError: the sequence is preempted already.
         """
-        sequence = self._lives.resident(sequence_id)
-        if self._lives.copies:
-            raise RuntimeError("preempt: expected no forks that wait for a plan")
-        self.commit(cache)
-        own = [p for p in sequence.pages if p.owners == {sequence_id}]
-        sequence.swapped = swap.out(self.device, cache, own)
-        for page in own:
-            self.store.return_code(page)
-            self.store.return_raw(page)
-        self._tables.clear(sequence.row)
-        self.rows.give_back([sequence.row])
-        sequence.row = NONE
-        self.counters.preemptions += 1
+        self._preemption.preempt(self._lives.resident(sequence_id), cache)
 
     def resume(self, sequence_id: int, cache: PagedCache) -> PagedCache:
         """Brings a preempted sequence back, bit for bit; `cache` is donated.
@@ -247,21 +353,7 @@ class KVCacheManager:
           OutOfPagesError: there is no room for it.
           ValueError: the sequence is not preempted.
         """
-        sequence = self._lives.find(sequence_id)
-        if sequence.swapped is None:
-            raise ValueError(f"sequence {sequence_id}: expected a preempted one")
-        swapped = sequence.swapped
-        need = swapped.needs()
-        pools = (self.rows, self.raw, self.sealed, self.chunks, self.sinks)
-        for pool, count in zip(pools, need, strict=True):
-            if pool.free < count:
-                raise OutOfPagesError(f"{pool.name}: expected {count} free, got {pool.free}")
-        (sequence.row,), *ids = (pool.take(n) for pool, n in zip(pools, need, strict=True))
-        cache = swapped.back(self.device, cache, *ids)
-        sequence.swapped = None
-        self._tables.refresh(sequence)
-        self.counters.resumes += 1
-        return cache
+        return self._preemption.resume(self._lives.find(sequence_id), cache)
 
     # Reports
 
@@ -275,4 +367,4 @@ class KVCacheManager:
         Raises:
           AssertionError: something does not add up; the message lists all of it.
         """
-        stats.verify(self, cache)
+        verify(self, cache)

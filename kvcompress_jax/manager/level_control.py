@@ -1,6 +1,7 @@
 """Seals, demotions and promotions: what is due becomes a plan, and is confirmed."""
 
 import logging
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,11 +13,16 @@ from kvcompress_jax.manager.device import Device
 from kvcompress_jax.manager.draft import ENTRIES, UPLOADS, Draft
 from kvcompress_jax.manager.page import NONE, Page
 from kvcompress_jax.manager.page_store import PageStore
+from kvcompress_jax.manager.prefix_cache import PrefixCache
+from kvcompress_jax.manager.schedule import Schedule
 from kvcompress_jax.manager.shadows import Shadows
 from kvcompress_jax.manager.tables import TableRows
 from kvcompress_jax.paged.cache import PagedCache
 
 logger = logging.getLogger("kvcompress_jax.manager")
+
+# Coldest pages that are looked up at a time.
+_QUEUE = 8 * ENTRIES
 
 
 class LevelControl:
@@ -26,51 +32,59 @@ class LevelControl:
         self,
         store: PageStore,
         tables: TableRows,
+        schedule: Schedule,
+        prefixes: PrefixCache,
         config: CompressionConfig,
         counters: Counters,
         device: Device,
+        coldness: levels.Coldness | None = None,
     ) -> None:
         self.store = store
         self.config = config
         self.counters = counters
         self.shadows = Shadows(store.sizes.shadow_pages, config.telemetry_share)
         self._tables = tables
+        self._schedule = schedule
+        self._prefixes = prefixes
         self._device = device
-        self._asked: list[tuple[int, Page]] = []
+        self._coldness = coldness or (lambda pages: -store.heat[pages])
+        self._asked: deque[tuple[int, Page]] = deque()
+        self._hot: deque[Page] = deque()
+        self._cold: dict[str, deque[Page]] = {}  # of each tenant
+        self._waiting: dict[int, Page] = {}  # their fine planes are on their way from the disk
+        self._look_at_old = False
 
     def ask(self, level: int, pages: Iterable[Page]) -> None:
         """Asks the next plans for a level."""
         self._asked += [(level, page) for page in pages]
 
+    def report_heat(self, heat: np.ndarray, known: np.ndarray) -> None:
+        """New heat of sealed pages; `known` says of which."""
+        store = self.store
+        store.heat = np.where(known, heat, store.heat).astype(np.float32)
+        store.typical_heat = levels.typical_heat(store.heat, store.level)
+        self._cold.clear()
+        self._look_at_old = self.config.demote_after_tokens is not None
+        self._hot.clear()
+        if len(store.host):
+            found = levels.hot(store.heat, store.level, store.typical_heat, self.config)
+            self._hot.extend(p for i in found[:_QUEUE] if (p := store.holder[i]) is not None)
+
     def fill(self, draft: Draft, cache: PagedCache | None) -> None:
         """Puts what is due into a draft; see `KVCacheManager.plan`."""
-        store = self.store
+        for uid in self.store.host.settle():
+            if (page := self._waiting.pop(uid, None)) is not None:
+                self._asked.append((1, page))
         while self._asked and len(draft.tables) < ENTRIES and len(draft.uploads) < UPLOADS:
-            level, page = self._asked.pop(0)
-            if page.uid in store.pages:
+            level, page = self._asked.popleft()
+            if page.uid in self.store.pages:
                 if level == 2:
                     self._demote(page, draft, cache)
-                elif not self._promote(page, draft):
+                elif not self._promote(page, draft) and page.uid not in self._waiting:
                     self.counters.refusals += 1
-        if self.config.demote_after_tokens is not None:
-            pages = list(store.pages.values())
-            for page in levels.aged(pages, [store.age(p) for p in pages], self.config):
-                if len(draft.tables) < ENTRIES:
-                    self._demote(page, draft, cache)
-        candidates = store.pages.values() if len(store.host) else ()
-        for page in levels.hot(candidates, store.host, self.config):
-            if len(draft.uploads) == UPLOADS:
-                break
-            cold = levels.coldest(store.pages.values())
-            if (
-                store.chunks.free < store.missing_chunks
-                and cold
-                and levels.displaces(page, cold[0], self.config)
-            ):
-                self._demote(cold[0], draft, cache)
-            if not self._promote(page, draft):
-                break
-        for page in self._due():
+        self._demote_old(draft, cache)
+        self._promote_hot(draft, cache)
+        for page in self._schedule.leaving():
             if len(draft.seals) == ENTRIES or not self._seal(page, draft, cache):
                 break
 
@@ -82,66 +96,95 @@ class LevelControl:
         sealed = self._device.sealed(cache)
         pending, store.pending = store.pending, []
         for page in pending:
-            page.pending = False
             if sealed[page.sealed]:
-                store.return_raw(page)
+                store.confirm(page)
                 self.counters.seals += 1
+                for owner in page.owners:
+                    if (row := store.sequences[owner].row) != NONE:
+                        self._tables.seal(row, page)
             else:
                 store.return_code(page)
                 page.unsealable = True
                 self.counters.rejected += 1
                 why = self._device.why_rejected(cache, page.raw, page.index)
                 logger.warning("page stays at level 0: %s", why)
-        for owner in set().union(*(p.owners for p in pending)):
-            if store.sequences[owner].row != NONE:
-                self._tables.refresh(store.sequences[owner])
 
-    def _due(self) -> list[Page]:
-        """Raw pages that left the window of all their owners, each once, oldest first."""
-        if not self.config.compresses:
-            return []
-        due = {}
-        for sequence in self.store.sequences.values():
-            if sequence.swapped is not None:
+    def _demote_old(self, draft: Draft, cache: PagedCache | None) -> None:
+        if self.config.demote_after_tokens is None:
+            return
+        if not self._schedule.ageing() and not self._look_at_old:
+            return
+        self._look_at_old = False
+        store = self.store
+        for i in levels.aged(store.heat, store.level, store.old, store.typical_heat):
+            page = store.holder[i]
+            assert page is not None
+            if store.age(page) < self.config.demote_after_tokens:
+                continue  # not in all of its owners
+            if len(draft.tables) == ENTRIES:
+                self._look_at_old = True
+                return
+            self._demote(page, draft, cache)
+
+    def _promote_hot(self, draft: Draft, cache: PagedCache | None) -> None:
+        store = self.store
+        while self._hot and len(draft.uploads) < UPLOADS and len(draft.tables) < ENTRIES:
+            page = self._hot.popleft()
+            if page.level != 2 or page.sealed == NONE or page.uid not in store.host:
                 continue
-            pages = sequence.pages
-            while sequence.settled < len(pages) and (
-                pages[sequence.settled].sealed != NONE or pages[sequence.settled].unsealable
-            ):
-                sequence.settled += 1
-            for page in pages[sequence.settled :]:
-                end = (page.index + 1) * self.store.layout.page_size
-                if sequence.length - end < self.config.window_tokens:
-                    break
-                at_rest = page.sealed != NONE or page.unsealable
-                if not at_rest and self.store.age(page) >= self.config.window_tokens:
-                    due[page.uid] = page
-        return list(due.values())
+            if store.chunks.room(page.tenant) < store.missing_chunks:
+                cold = self._coldest(page.tenant, draft)
+                heat = float(store.heat[page.sealed])
+                if cold is None or not levels.displaces(
+                    heat, float(store.heat[cold.sealed]), self.config
+                ):
+                    continue
+                self._demote(cold, draft, cache)
+            self._promote(page, draft)
+
+    def _coldest(self, tenant: str, draft: Draft) -> Page | None:
+        """The tenant's page at level 1 to demote first; each is named once until heat is reported,
+        or nothing else is left."""
+        store = self.store
+        for again in (False, True):
+            queue = self._cold.setdefault(tenant, deque())
+            while queue:
+                page = queue.popleft()
+                settled = page.level == 1 and page.sealed != NONE and not page.pending
+                if settled and page.sealed not in draft.tables:
+                    return page
+            if not again:
+                mask = store.level == 1
+                if len(store.tenants) > 1:
+                    mask &= store.tenant == store.tenants.get(tenant, NONE)
+                pages = np.flatnonzero(mask)
+                order = levels.coldest(self._coldness(pages), pages, store.uid[pages], _QUEUE)
+                queue.extend(p for i in order if (p := store.holder[i]) is not None)
+        return None
 
     def _seal(self, page: Page, draft: Draft, cache: PagedCache | None) -> bool:
         """Plans a seal; False when there is no room for one."""
-        store = self.store
+        store, tenant = self.store, page.tenant
         first = page.index == 0 and store.layout.sink_tokens > 0
-        if not store.sealed.free or (first and not store.sinks.free):
+        if not self._prefixes.make_room(store.sealed, tenant, 1):
+            return False
+        if first and not self._prefixes.make_room(store.sinks, tenant, 1):
             return False
         level = self.config.sealed_level
         if level == 1:
-            # Under pressure the coldest pages make room for the new one.
-            for cold in levels.coldest(store.pages.values()):
-                if store.chunks.free >= store.chunks_for(1) or len(draft.tables) == ENTRIES:
+            # Under pressure the tenant's coldest pages make room for the new one.
+            need = store.chunks_for(1)
+            while store.chunks.room(tenant) < need and len(draft.tables) < ENTRIES:
+                cold = self._coldest(tenant, draft)
+                if cold is None:
                     break
                 self._demote(cold, draft, cache)
-            if store.chunks.free < store.chunks_for(1):
+            if store.chunks.room(tenant) < need:
                 level = 2
                 self.counters.unrefined += 1
-        if store.chunks.free < store.chunks_for(level):
+        if not self._prefixes.make_room(store.chunks, tenant, store.chunks_for(level)):
             return False  # a floor layer without its chunk: the page waits at level 0
-        page.chunks = store.take_chunks(level)
-        (page.sealed,) = store.sealed.take()
-        if first:
-            (page.sink,) = store.sinks.take()
-        page.level, page.heat, page.pending = level, 0.0, True
-        store.pending.append(page)
+        store.take_code(page, level, sink=first)
         first_token = page.index * store.layout.page_size
         draft.seals.append((page.raw, page.sealed, page.chunks, first_token, page.sink))
         if draft.shadows is not None:
@@ -149,30 +192,32 @@ class LevelControl:
         return True
 
     def _demote(self, page: Page, draft: Draft, cache: PagedCache | None) -> None:
+        """Plans a demotion, if the page has something to forget."""
         if page.level != 1 or page.pending or page.sealed in draft.tables or self.config.levels < 3:
             return  # a page promoted by this very plan has no fine plane on the device yet
         store = self.store
-        if cache is not None and self.config.host_bytes:
+        if cache is not None and store.host.budget_bytes:
             chunks = np.array(page.chunks, np.int32)
-            store.host.put(page.uid, self._device.fine_planes(cache, chunks))
-        kept = tuple(c if i in store.floors else NONE for i, c in enumerate(page.chunks))
-        store.chunks.give_back(set(page.chunks) - set(kept))
-        page.chunks, page.level = kept, 2
-        draft.tables[page.sealed] = kept
+            planes = self._device.fine_planes(cache, chunks)
+            store.host.put(page.uid, planes, page.tenant)
+        store.forget_fine(page)
+        page.votes.clear()
+        draft.tables[page.sealed] = page.chunks
         self.counters.demotions += 1
 
     def _promote(self, page: Page, draft: Draft) -> bool:
-        """Plans a promotion; False when it must be refused."""
+        """Plans a promotion; False when it must be refused, or its plane is not in memory yet."""
         store = self.store
-        if page.level != 2 or page.uid not in store.host:
+        if page.level != 2 or page.sealed == NONE or page.uid not in store.host:
             return False
-        if store.chunks.free < store.missing_chunks:
+        if store.chunks.room(page.tenant) < store.missing_chunks:
             return False
-        ids = iter(store.chunks.take(store.missing_chunks))
-        new = tuple(next(ids) if c == NONE else NONE for c in page.chunks)
+        if not store.host.ready(page.uid):
+            self._waiting[page.uid] = page
+            return False
+        new = store.take_fine(page)
         draft.uploads.append((new, store.host.take(page.uid)))
-        page.chunks = tuple(max(a, b) for a, b in zip(page.chunks, new, strict=True))
-        page.level = 1
+        page.votes.clear()
         draft.tables[page.sealed] = page.chunks
         self.counters.promotions += 1
         return True

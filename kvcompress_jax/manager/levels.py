@@ -1,63 +1,64 @@
 """Which pages change their level: by age, by importance, under pressure.
 
-Everything here is a pure function of what the host knows; `KVCacheManager` acts on it.
+Everything here is a pure function of arrays over the sealed pages; `LevelControl` acts on it.
 """
 
-import statistics
-from collections.abc import Collection, Container, Iterable
+from typing import Protocol
+
+import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
-from kvcompress_jax.manager.page import Page
 
 
-def coldest(pages: Iterable[Page]) -> list[Page]:
-    """Pages at level 1, the one to demote first in front: the least attention, then the oldest."""
-    return sorted((p for p in pages if p.level == 1 and not p.pending), key=_coldness)
+class Coldness(Protocol):
+    """Says in what order pages lose their fine planes under pressure."""
+
+    def __call__(self, pages: np.ndarray) -> np.ndarray:
+        """f[n] for the sealed pages with these ids, i64[n]: the greatest is demoted first."""
 
 
-def _coldness(page: Page) -> tuple[float, int]:
-    return page.heat, page.uid
-
-
-def typical_heat(pages: Iterable[Page]) -> float:
-    """Median heat of all sealed pages; 0 when there are none. It does not depend on their levels,
-    so that a change of level is no reason for the next one."""
-    heats = [p.heat for p in pages if p.level > 0]
-    return statistics.median(heats) if heats else 0.0
-
-
-def aged(pages: Collection[Page], ages: Iterable[int], config: CompressionConfig) -> list[Page]:
-    """Pages at level 1 that are old enough for level 2 and not hotter than is typical.
+def coldest(coldness: np.ndarray, pages: np.ndarray, uids: np.ndarray, most: int) -> np.ndarray:
+    """Of pages at level 1, the ones to demote first: the coldest, among them the oldest.
 
     Args:
-      pages: candidates.
-      ages: tokens since the last token of each page, in its youngest owner.
-      config: says what old is.
+      coldness: of each page.
+      pages: their ids.
+      uids: their uids: the order of their age.
+      most: how many to return at most.
+
+    Returns:
+      i64[at most `most`] ids, the first to go first.
     """
-    if config.demote_after_tokens is None:
-        return []
-    typical = typical_heat(pages)
-    return [
-        page
-        for page, age in zip(pages, ages, strict=True)
-        if page.level == 1
-        and not page.pending
-        and age >= config.demote_after_tokens
-        and page.heat <= typical
-    ]
+    if len(pages) > most:
+        near = np.argpartition(-coldness, most - 1)[:most]
+        pages, coldness, uids = pages[near], coldness[near], uids[near]
+    return pages[np.lexsort((uids, -coldness))]
 
 
-def displaces(page: Page, cold: Page, config: CompressionConfig) -> bool:
+def typical_heat(heat: np.ndarray, level: np.ndarray) -> float:
+    """Median heat of all sealed pages; 0 when there are none. It does not depend on their levels,
+    so that a change of level is no reason for the next one."""
+    heats = heat[level > 0]
+    return float(np.median(heats)) if len(heats) else 0.0
+
+
+def aged(heat: np.ndarray, level: np.ndarray, old: np.ndarray, typical: float) -> np.ndarray:
+    """Ids of pages at level 1 that are old enough for level 2 and not hotter than is typical."""
+    return np.flatnonzero(old & (level == 1) & (heat <= typical))
+
+
+def displaces(heat: float, cold: float, config: CompressionConfig) -> bool:
     """Whether a page at level 2 may take the chunks of the coldest page at level 1."""
-    return page.heat > config.promote_heat * cold.heat
+    return heat > config.promote_heat * cold
 
 
-def hot(pages: Collection[Page], kept: Container[int], config: CompressionConfig) -> list[Page]:
-    """Pages at level 2 that deserve level 1 and whose fine planes are kept, hottest first.
+def hot(
+    heat: np.ndarray, level: np.ndarray, typical: float, config: CompressionConfig
+) -> np.ndarray:
+    """Ids of pages at level 2 that deserve level 1, hottest first.
 
     A page must be more than `promote_heat` times hotter than is typical: the gap to `aged`, which
     takes pages that are not hotter than typical, keeps pages from flapping.
     """
-    bar = config.promote_heat * typical_heat(pages)
-    found = [p for p in pages if p.level == 2 and p.uid in kept and p.heat > bar]
-    return sorted(found, key=_coldness, reverse=True)
+    found = np.flatnonzero((level == 2) & (heat > config.promote_heat * typical))
+    return found[np.argsort(-heat[found], kind="stable")]

@@ -8,18 +8,23 @@ from kvcompress_jax.manager.counters import Counters
 from kvcompress_jax.manager.free_list import OutOfPagesError
 from kvcompress_jax.manager.page import NONE, Sequence
 from kvcompress_jax.manager.page_store import PageStore
+from kvcompress_jax.manager.schedule import Schedule
 from kvcompress_jax.manager.tables import TableRows
 
 
 class Lives:
     """What happens to sequences; the public methods of `KVCacheManager` say what each promises."""
 
-    def __init__(self, store: PageStore, tables: TableRows, counters: Counters) -> None:
+    def __init__(
+        self, store: PageStore, tables: TableRows, schedule: Schedule, counters: Counters
+    ) -> None:
         self.store = store
         self.counters = counters
         self.copies: list[tuple[int, int]] = []  # raw pages that a plan must copy for forks
         self._tables = tables
+        self._schedule = schedule
         self._next_id = 0
+        self._batch: tuple[list[int], np.ndarray] = ([], np.zeros(0, np.int64))
 
     def find(self, sequence_id: int) -> Sequence:
         """The sequence, ValueError if there is none."""
@@ -34,51 +39,130 @@ class Lives:
             raise ValueError(f"sequence {sequence_id}: expected one on the device, it is preempted")
         return sequence
 
-    def add(self) -> Sequence:
+    def rows(self, sequence_ids: ListOf[int]) -> np.ndarray:
+        """i64[sequences], their rows; most calls are for the sequences of the last one."""
+        if sequence_ids != self._batch[0]:
+            rows = [self.resident(i).row for i in sequence_ids]
+            self._batch = (list(sequence_ids), np.array(rows, np.int64))
+        return self._batch[1]
+
+    def add(self, tenant: str) -> Sequence:
         """A new, empty sequence."""
-        (row,) = self.store.rows.take()
-        sequence = Sequence(id=self._next_id, row=row)
+        (row,) = self.store.rows.take(1, tenant)
+        sequence = Sequence(id=self._next_id, row=row, lengths=self._tables.length, tenant=tenant)
         self._next_id += 1
         self.store.sequences[sequence.id] = sequence
-        self._tables.refresh(sequence)
+        self.store.by_row[row] = sequence
+        self.refresh(sequence)
         return sequence
+
+    def refresh(self, sequence: Sequence) -> None:
+        """The pages of a sequence changed: its table and what is due for it are made anew."""
+        if sequence.row != NONE:
+            self._tables.refresh(sequence)
+            self._schedule.reset(sequence)
+
+    def leave_row(self, sequence: Sequence) -> None:
+        """The sequence is no longer on the device."""
+        row = sequence.row
+        sequence.move(NONE)
+        self._tables.clear(row)
+        self._schedule.clear(row)
+        self.store.by_row[row] = None
+        self.store.rows.give_back([row], sequence.tenant)
+        self._batch = ([], np.zeros(0, np.int64))
+
+    def enter_row(self, sequence: Sequence, row: int) -> None:
+        """The sequence is on the device again."""
+        sequence.move(row)
+        self.store.by_row[row] = sequence
+        self.refresh(sequence)
 
     def append_slots(self, sequence: Sequence, tokens: int) -> np.ndarray:
         """i32[tokens], room for the next tokens."""
         size = self.store.layout.page_size
-        position = np.arange(sequence.length, sequence.length + tokens)
-        have = -(-sequence.length // size)
-        new = self.store.raw.take(-(-(sequence.length + tokens) // size) - have)
-        for index, raw in enumerate(new, start=have):
-            self.store.adopt(sequence, self.store.new_page(index, raw))
-        sequence.length += tokens
-        if new:
-            self._tables.refresh(sequence)
-        else:
-            self._tables.lengthen(sequence)
-        first = int(position[0]) // size
-        raw_of = np.array([p.raw for p in sequence.pages[-len(new) - 1 :] if p.index >= first])
-        return (raw_of[position // size - first] * size + position % size).astype(np.int32)
+        length = sequence.length
+        position = np.arange(length, length + tokens)
+        first = length // size  # page of the first new token
+        new = self._new_pages(sequence, -(-(length + tokens) // size) + -length // size)
+        raw_of = [] if length % size == 0 else [self._tables.last_raw[sequence.row]]
+        for raw in new:
+            self._add_page(sequence, raw)
+            raw_of.append(raw)
+        sequence.length = length + tokens
+        return (np.array(raw_of)[position // size - first] * size + position % size).astype(
+            np.int32
+        )
+
+    def append_token_each(self, sequence_ids: ListOf[int]) -> tuple[np.ndarray, np.ndarray]:
+        """i32[sequences] positions and slots of one more token for each of distinct sequences; all
+        of them or none."""
+        store, tables = self.store, self._tables
+        size = store.layout.page_size
+        rows = self.rows(sequence_ids)
+        position = tables.length[rows]
+        offset = position % size
+        starting = np.flatnonzero(offset == 0)
+        if len(starting):
+            sequences = [store.sequences[sequence_ids[i]] for i in starting.tolist()]
+            if store.shares:
+                self.require_raw([(s, 1) for s in sequences])
+                new = [self._new_pages(s, 1)[0] for s in sequences]
+            else:
+                new = store.raw.take(len(sequences))
+            for sequence, raw in zip(sequences, new, strict=True):
+                self._add_page(sequence, raw)
+        tables.length[rows] = position + 1
+        return position, tables.last_raw[rows] * np.int32(size) + offset
+
+    def require_raw(self, pages: ListOf[tuple[Sequence, int]]) -> None:
+        """Raises OutOfPagesError if there are not so many raw pages for the sequences together."""
+        need: dict[str, int] = {}
+        for sequence, count in pages:
+            need[sequence.tenant] = need.get(sequence.tenant, 0) + count
+        without = [tenant for tenant in need if tenant not in self.store.shares]
+        for tenant, count in need.items():
+            if tenant in self.store.shares:
+                self.store.raw.require(count, tenant)
+        if without:
+            self.store.raw.require(sum(need[t] for t in without), without[0])
+
+    def new_pages_for(self, sequence: Sequence, tokens: int) -> int:
+        """Raw pages that so many more tokens take."""
+        size = self.store.layout.page_size
+        return -(-(sequence.length + tokens) // size) + -sequence.length // size
+
+    def _new_pages(self, sequence: Sequence, count: int) -> list[int]:
+        return self.store.raw.take(count, sequence.tenant)
+
+    def _add_page(self, sequence: Sequence, raw: int) -> None:
+        index = sequence.pages[-1].index + 1 if sequence.pages else 0
+        index = max(index, -(-sequence.length // self.store.layout.page_size))
+        page = self.store.new_page(index, raw, sequence.tenant)
+        self.store.adopt(sequence, page)
+        self._tables.add_raw(sequence.row, page)
 
     def fork(self, parent: Sequence) -> Sequence:
         """A second sequence with the same tokens."""
         store = self.store
         partial = parent.length % store.layout.page_size != 0
-        copies = store.raw.take(1 if partial else 0)
+        copies = store.raw.take(1 if partial else 0, parent.tenant)
         try:
-            child = self.add()
+            child = self.add(parent.tenant)
         except OutOfPagesError:
-            store.raw.give_back(copies)
+            store.raw.give_back(copies, parent.tenant)
             raise
         for page in parent.pages[: len(parent.pages) - len(copies)]:
             store.adopt(child, page)
         for raw in copies:
             last = parent.pages[-1]
-            store.adopt(child, store.new_page(last.index, raw))
+            store.adopt(child, store.new_page(last.index, raw, child.tenant))
             self.copies.append((last.raw, raw))
-        child.length, child.settled = parent.length, parent.settled
+        child.length, child.settled, child.aged = parent.length, parent.settled, parent.aged
+        # From now on, raw pages that both hold receive the attention of both.
+        parent.shareable = child.shareable = False
         self.counters.forks += 1
-        self._tables.refresh(child)
+        self.refresh(child)
         return child
 
     def free(self, sequence: Sequence) -> None:
@@ -86,8 +170,7 @@ class Lives:
         for page in sequence.pages:
             self.store.disown(sequence, page)
         if sequence.row != NONE:
-            self._tables.clear(sequence.row)
-            self.store.rows.give_back([sequence.row])
+            self.leave_row(sequence)
         del self.store.sequences[sequence.id]
 
     def evict(self, sequence: Sequence, indices: ListOf[int]) -> None:
@@ -99,6 +182,7 @@ class Lives:
         for i in set(indices):
             sequence.pages.remove(pages[i])
             self.store.disown(sequence, pages[i])
-        sequence.settled = 0
+        sequence.settled = sequence.aged = 0
+        sequence.shareable = False
         self.counters.evictions += len(set(indices))
-        self._tables.refresh(sequence)
+        self.refresh(sequence)

@@ -39,7 +39,8 @@ def divide_budget(
         return PoolSizes(raw_pages=pages, sealed_pages=0, fine_chunks=0, sink_slots=0)
     raw = _raw_pages(layout, config, step_tokens)
     raw += (max_sequences - 1) * _raw_pages(layout, config, 1)
-    fixed = raw * layout.raw_page_bytes + max_sequences * layout.sink_slot_bytes
+    sinks = _sink_slots(config, max_sequences)
+    fixed = raw * layout.raw_page_bytes + sinks * layout.sink_slot_bytes
     shadows = config.shadow_pages
     if shadows:
         fixed += shadows * layout.uncompressed_page_bytes + layout.telemetry_bytes
@@ -55,7 +56,7 @@ def divide_budget(
         raw_pages=raw,
         sealed_pages=sealed,
         fine_chunks=sealed * chunks_per_page,
-        sink_slots=max_sequences,
+        sink_slots=sinks,
         shadow_pages=shadows,
     )
 
@@ -88,7 +89,7 @@ def pools_for_tokens(
         + (max_sequences - 1) * _raw_pages(layout, config, 1),
         sealed_pages=pages,
         fine_chunks=pages * chunks_per_page,
-        sink_slots=max_sequences,
+        sink_slots=_sink_slots(config, max_sequences),
         shadow_pages=config.shadow_pages,
     )
 
@@ -96,6 +97,11 @@ def pools_for_tokens(
 def _chunks_per_page(layout: CacheLayout, config: CompressionConfig) -> int:
     """Fine chunks of a page at the level that it is sealed at."""
     return layout.layers if config.sealed_level == 1 else len(set(config.floor_layers))
+
+
+def _sink_slots(config: CompressionConfig, max_sequences: int) -> int:
+    """One for each sequence, and with a prefix cache for three times as many that ended."""
+    return max_sequences * (1 if config.prefix_cache_bytes is None else 4)
 
 
 def _raw_pages(layout: CacheLayout, config: CompressionConfig, step_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""What the manager reports, and the check that it is true."""
+"""What the manager reports."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, TypedDict
 
-import jax
-import numpy as np
-
 from kvcompress_jax.manager.page import NONE, Page
-from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.layout import INDEX_BYTES
 
 if TYPE_CHECKING:
@@ -26,10 +22,10 @@ class CompressionStats(TypedDict):
     uncompressed_bytes: int  # the same pages as plain keys and values of the model's dtype
     allocated_bytes: int  # in use: pages, chunks, slots, scales, orders, statistics, tables
     pool_bytes: int  # all pools, in use or not
-    host_bytes: int  # host memory of kept fine planes and preempted sequences
+    host_bytes: int  # host memory of fine planes, windows of prefixes, preempted sequences
     effective_bits: float | None  # stored bits per value of the sealed pages, all overheads
     cache_bits: float | None  # the same over all pages in use
-    tokens: int  # of the sequences on the device; shared ones count once
+    tokens: int  # of all pages; shared ones count once
     sequences: int
     preempted_sequences: int
     pages_level_0: int
@@ -43,6 +39,14 @@ class CompressionStats(TypedDict):
     refusals: int
     unrefined: int
     evictions: int
+    prefix_hits: int  # sequences that began with a remembered prefix
+    prefix_hit_tokens: int
+    prefix_evictions: int
+    prefixes: int  # remembered now
+    pages_retained: int  # that only the prefix cache holds
+    pages_merged: int
+    windows_dropped: int
+    planes_dropped: int  # fine planes that found no room below the device
     forks: int
     preemptions: int
     resumes: int
@@ -84,7 +88,9 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
         uncompressed_bytes=uncompressed,
         allocated_bytes=allocated,
         pool_bytes=manager.sizes.total_bytes(layout),
-        host_bytes=manager.host.used_bytes + sum(s.nbytes for s in swapped),
+        host_bytes=manager.host.used_bytes
+        + manager.prefixes.used_bytes
+        + sum(s.nbytes for s in swapped),
         effective_bits=None if math.isnan(effective) else effective,
         cache_bits=8 * allocated / cached_values if pages else None,
         tokens=sum(_tokens(manager, p) for p in pages),
@@ -101,6 +107,14 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
         refusals=counts.refusals,
         unrefined=counts.unrefined,
         evictions=counts.evictions,
+        prefix_hits=counts.prefix_hits,
+        prefix_hit_tokens=counts.prefix_hit_tokens,
+        prefix_evictions=counts.prefix_evictions,
+        prefixes=len(manager.prefixes.prefixes),
+        pages_retained=sum(not p.owners for p in pages),
+        pages_merged=counts.pages_merged,
+        windows_dropped=counts.windows_dropped,
+        planes_dropped=manager.host.dropped,
         forks=counts.forks,
         preemptions=counts.preemptions,
         resumes=counts.resumes,
@@ -121,53 +135,7 @@ def _mean(means: list[float], samples: list[int]) -> float | None:
 
 def _tokens(manager: KVCacheManager, page: Page) -> int:
     size = manager.layout.page_size
+    if not page.owners:
+        return size
     longest = max(manager.sequences[owner].length for owner in page.owners)
     return min(size, longest - page.index * size)
-
-
-def verify(manager: KVCacheManager, cache: PagedCache) -> None:
-    """Raises AssertionError with a line for everything that does not add up."""
-    wrong: list[str] = []
-
-    def expect(what: str, expected: object, got: object) -> None:
-        if expected != got:
-            wrong.append(f"{what}: expected {expected}, got {got}")
-
-    pages = list(manager.pages.values())
-    for pool, ids in (
-        (manager.raw, [p.raw for p in pages]),
-        (manager.sealed, [p.sealed for p in pages]),
-        (manager.sinks, [p.sink for p in pages]),
-        (manager.chunks, [c for p in pages for c in p.chunks]),
-        (manager.rows, [s.row for s in manager.sequences.values()]),
-    ):
-        named = Counter(i for i in ids if i != NONE)
-        expect(f"{pool.name} used twice", [], [i for i, n in named.items() if n > 1])
-        expect(f"{pool.name} used but free", [], [i for i in named if not pool.is_used(i)])
-        expect(f"{pool.name} in use", len(named), pool.used)
-    for page in pages:
-        owners = {s.id: s.length for s in manager.sequences.values() if page in s.pages}
-        expect(f"page {page.uid}: owners", set(owners), page.owners)
-        if min(owners.values(), default=0) < (page.index + 1) * manager.layout.page_size:
-            expect(f"page {page.uid}, unfinished: number of owners", 1, len(owners))
-    for sequence in manager.sequences.values():
-        indices = [p.index for p in sequence.pages]
-        expect(f"sequence {sequence.id}: order of pages", sorted(set(indices)), indices)
-        pages_needed = -(-sequence.length // manager.layout.page_size)
-        expect(
-            f"sequence {sequence.id}: pages past its end",
-            [],
-            [i for i in indices if i >= pages_needed],
-        )
-    expect("sizes of the pools", manager.sizes, cache.sizes)
-    scalar = cache.rejected.nbytes
-    code_bytes = cache.code.nbytes if cache.code is not None else 0
-    live = sum(x.nbytes for x in jax.tree.leaves(cache)) - scalar - code_bytes
-    expect("bytes of the pools", manager.sizes.total_bytes(manager.layout), live)
-    fine_of, sealed = np.asarray(cache.fine_of), np.asarray(cache.sealed)
-    for page in pages:
-        if page.sealed != NONE and not page.pending:
-            expect(f"page {page.uid}: fine_of", page.chunks, tuple(fine_of[:, page.sealed]))
-            expect(f"page {page.uid}: sealed", True, bool(sealed[page.sealed]))
-    if wrong:
-        raise AssertionError("\n".join(wrong))

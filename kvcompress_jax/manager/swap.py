@@ -9,6 +9,7 @@ import numpy as np
 
 from kvcompress_jax.manager.device import Device
 from kvcompress_jax.manager.page import NONE, Page
+from kvcompress_jax.manager.page_store import PageStore
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.transfer import PageIds, RawImage, SealedImage
 
@@ -23,6 +24,7 @@ class Swapped:
     sealed: tuple[Page, ...]
     levels: tuple[int, ...]  # of the sealed ones
     chunks: tuple[tuple[int, ...], ...]  # of the sealed ones; only which layers had one matters
+    heats: tuple[float, ...]  # of the sealed ones
     sinks: tuple[bool, ...]  # of the sealed ones: had a slot of exact first tokens
     images: tuple[RawImage, SealedImage]  # NumPy arrays, one row a page
 
@@ -39,6 +41,7 @@ class Swapped:
     def back(
         self,
         device: Device,
+        store: PageStore,
         cache: PagedCache,
         raw: ListOf[int],
         sealed: ListOf[int],
@@ -50,7 +53,7 @@ class Swapped:
             page.raw = i
         next_chunk, next_sink = iter(chunks), iter(sinks)
         for k, (page, i) in enumerate(zip(self.sealed, sealed, strict=True)):
-            page.sealed, page.level = i, self.levels[k]
+            store.put_code(page, i, self.levels[k], self.heats[k])
             page.chunks = tuple(NONE if c == NONE else next(next_chunk) for c in self.chunks[k])
             page.sink = next(next_sink) if self.sinks[k] else NONE
         ids = _ids(self.raw, self.sealed, cache.layout.layers)
@@ -58,7 +61,7 @@ class Swapped:
         return device.restore(cache, ids, (_pad_rows(raw_image), _pad_rows(sealed_image)))
 
 
-def out(device: Device, cache: PagedCache, pages: ListOf[Page]) -> Swapped:
+def out(device: Device, store: PageStore, cache: PagedCache, pages: ListOf[Page]) -> Swapped:
     """Copies pages to host memory; waits for the device."""
     raw = tuple(p for p in pages if p.sealed == NONE)
     sealed = tuple(p for p in pages if p.sealed != NONE)
@@ -69,6 +72,7 @@ def out(device: Device, cache: PagedCache, pages: ListOf[Page]) -> Swapped:
         sealed=sealed,
         levels=tuple(p.level for p in sealed),
         chunks=tuple(p.chunks for p in sealed),
+        heats=tuple(float(store.heat[p.sealed]) for p in sealed),
         sinks=tuple(p.sink != NONE for p in sealed),
         images=(_first_rows(raw_image, len(raw)), _first_rows(sealed_image, len(sealed))),
     )

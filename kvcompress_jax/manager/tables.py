@@ -1,36 +1,42 @@
-"""The page tables of all sequences, kept up to date row by row."""
-
-from collections.abc import Sequence as ListOf
+"""The page tables of all sequences, kept up to date entry by entry."""
 
 import numpy as np
 
-from kvcompress_jax.manager.page import NONE, Sequence
+from kvcompress_jax.manager.page import NONE, Page, Sequence
 from kvcompress_jax.paged.table import PageTable
 
 NARROWEST = 4  # columns of the smallest table
+_SEALED, _RAW = 0, 1
 
 
 class TableRows:
-    """NumPy rows that `table` cuts a batch's table from; only changed sequences are rewritten."""
+    """NumPy rows that `table` cuts a batch's table from; only what changed is rewritten.
+
+    Attributes:
+      length: i32[rows] tokens.
+      last_raw: i32[rows], raw page of the last token.
+    """
 
     def __init__(self, max_sequences: int) -> None:
         self._ids = [np.zeros((max_sequences, NARROWEST), np.int32) for _ in range(2)]
         self._index = [np.zeros((max_sequences, NARROWEST), np.int32) for _ in range(2)]
         self._count = np.zeros((2, max_sequences), np.int32)
         self._sink = np.full(max_sequences, NONE, np.int32)
-        self._length = np.zeros(max_sequences, np.int32)
+        self.length = np.zeros(max_sequences, np.int32)
+        self.last_raw = np.zeros(max_sequences, np.int32)
+        self._changes = [0, 0]  # of the tables of each kind, so far
+        self._cut: list[tuple[object, np.ndarray, np.ndarray] | None] = [None, None]
 
     def clear(self, row: int) -> None:
         """Makes a row that of an empty sequence."""
         self._count[:, row] = 0
         self._sink[row] = NONE
-        self._length[row] = 0
+        self.length[row] = 0
+        self._changes = [n + 1 for n in self._changes]
 
     def refresh(self, sequence: Sequence) -> None:
         """Rewrites the row of a sequence whose pages changed."""
         row = sequence.row
-        self.clear(row)
-        self._length[row] = sequence.length
         raw = [p for p in sequence.pages if p.sealed == NONE or p.pending]
         sealed = [p for p in sequence.pages if p.sealed != NONE and not p.pending]
         for kind, pages in enumerate((sealed, raw)):
@@ -38,41 +44,76 @@ class TableRows:
             self._count[kind, row] = len(pages)
             self._ids[kind][row, : len(pages)] = [p.raw if kind else p.sealed for p in pages]
             self._index[kind][row, : len(pages)] = [p.index for p in pages]
-        if sealed and sealed[0].index == 0:
-            self._sink[row] = sealed[0].sink
+        self._sink[row] = sealed[0].sink if sealed and sealed[0].index == 0 else NONE
+        if raw:
+            self.last_raw[row] = raw[-1].raw
+        self._changes = [n + 1 for n in self._changes]
 
-    def lengthen(self, sequence: Sequence) -> None:
-        """The sequence has more tokens, but the same pages."""
-        self._length[sequence.row] = sequence.length
+    def add_raw(self, row: int, page: Page) -> None:
+        """The sequence has a new page, its last one."""
+        count = int(self._count[_RAW, row])
+        self._widen(_RAW, count + 1)
+        self._ids[_RAW][row, count] = self.last_raw[row] = page.raw
+        self._index[_RAW][row, count] = page.index
+        self._count[_RAW, row] = count + 1
+        self._changes[_RAW] += 1
 
-    def table(self, rows: ListOf[int], padded_rows: int, sealed_columns: int | None) -> PageTable:
-        """The table of some rows, copied; see `KVCacheManager.table`."""
-        pick = np.array(rows, np.int64)
+    def seal(self, row: int, page: Page) -> None:
+        """A page of the sequence moves from the raw to the sealed ones."""
+        index = self._index[_RAW][row]
+        at, count = index.tolist().index(page.index), int(self._count[_RAW, row])
+        for kept in (self._ids[_RAW][row], index):
+            kept[at : count - 1] = kept[at + 1 : count]
+        self._count[_RAW, row] = count - 1
+        count = int(self._count[_SEALED, row])
+        self._widen(_SEALED, count + 1)
+        self._ids[_SEALED][row, count] = page.sealed
+        self._index[_SEALED][row, count] = page.index
+        self._count[_SEALED, row] = count + 1
+        if page.index == 0:
+            self._sink[row] = page.sink
+        self._changes = [n + 1 for n in self._changes]
+
+    def table(self, rows: np.ndarray, padded_rows: int, sealed_columns: int | None) -> PageTable:
+        """The table of some rows; see `KVCacheManager.table`. Its arrays never change: what did not
+        change since the last call for the same rows is handed out again."""
 
         def pad(x: np.ndarray) -> np.ndarray:
+            picked = x[rows]
+            if len(rows) == padded_rows:
+                return picked
             out = np.zeros((padded_rows, *x.shape[1:]), np.int32)
-            out[: len(rows)] = x
+            out[: len(rows)] = picked
             return out
 
-        count = self._count[:, pick]
-        widths = [_power_of_two(int(c.max(initial=0))) for c in count]
-        if sealed_columns is not None:
-            widths[0] = sealed_columns
-        ids, index = (
-            [pad(columns[kind][pick, : widths[kind]]) for kind in range(2)]
-            for columns in (self._ids, self._index)
-        )
+        count = self._count[:, rows]
+        ids, index = [], []
+        for kind in range(2):
+            width = _power_of_two(int(count[kind].max(initial=0)))
+            if kind == _SEALED and sealed_columns is not None:
+                width = sealed_columns
+            have = self._ids[kind].shape[1]
+            if width > have:
+                self._widen(kind, width)
+            key = (self._changes[kind], width, padded_rows, rows.tobytes())
+            cut = self._cut[kind]
+            if cut is None or cut[0] != key:
+                whole = slice(None) if width == have else slice(width)
+                columns = (self._ids[kind][:, whole], self._index[kind][:, whole])
+                cut = self._cut[kind] = (key, pad(columns[0]), pad(columns[1]))
+            ids.append(cut[1])
+            index.append(cut[2])
         sink = np.full(padded_rows, NONE, np.int32)
-        sink[: len(rows)] = self._sink[pick]
+        sink[: len(rows)] = self._sink[rows]
         return PageTable(
-            sealed=ids[0],
-            sealed_index=index[0],
-            sealed_count=pad(count[0]),
-            raw=ids[1],
-            raw_index=index[1],
-            raw_count=pad(count[1]),
+            sealed=ids[_SEALED],
+            sealed_index=index[_SEALED],
+            sealed_count=pad(self._count[_SEALED]),
+            raw=ids[_RAW],
+            raw_index=index[_RAW],
+            raw_count=pad(self._count[_RAW]),
             sink=sink,
-            length=pad(self._length[pick]),
+            length=pad(self.length),
         )
 
     def _widen(self, kind: int, columns: int) -> None:

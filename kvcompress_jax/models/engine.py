@@ -26,6 +26,7 @@ class Request:
     temperature: float
     seed: int
     prefix: int | None  # a sequence that the prompt continues
+    tenant: str
     generated: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None  # "stop" or "length" once finished
     sequence: int = NO_SEQUENCE
@@ -40,9 +41,10 @@ class Request:
 class Engine:
     """Schedules requests on a `Runner`.
 
-    First come, first served. Prompts are fed in chunks, one request at a time, while all others
-    decode. When pages run out, the request that came last moves to host memory and comes back,
-    bit for bit, as soon as there is room.
+    First come, first served, each tenant for itself. Prompts are fed in chunks, one request at a
+    time, while all others decode. When pages run out, the request that came last moves to host
+    memory and comes back, bit for bit, once there is room. With `prefix_cache_bytes`, a prompt
+    is fed from where it differs from earlier ones of its tenant.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -52,10 +54,10 @@ class Engine:
         self.preempted: list[Request] = []  # by arrival
         self._next_id = 0
 
-    def hold_prefix(self, tokens: list[int]) -> int:
+    def hold_prefix(self, tokens: list[int], tenant: str = "") -> int:
         """Reads tokens into a sequence that requests can continue; they share its pages. Free it
         with `runner.manager.free`."""
-        sequence = self.runner.manager.add()
+        sequence = self.runner.manager.add(tenant)
         self.runner.extend(sequence, tokens)
         self.runner.advance()
         return sequence
@@ -68,6 +70,7 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
         prefix: int | None = None,
+        tenant: str = "",
     ) -> Request:
         """Queues a request.
 
@@ -77,9 +80,11 @@ class Engine:
           temperature: 0 is greedy.
           seed: of the sampling; a request's tokens depend on it and not on who runs beside.
           prefix: of `hold_prefix`; the prompt continues it.
+          tenant: whose request it is; tenants share no pages.
 
         Raises:
-          ValueError: an empty prompt, no tokens to generate, or a negative temperature.
+          ValueError: an empty prompt, no tokens to generate, a negative temperature, or a prefix
+            of another tenant.
         """
         if not prompt:
             raise ValueError("prompt: expected at least one token, got none")
@@ -87,7 +92,11 @@ class Engine:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         if not temperature >= 0:
             raise ValueError(f"temperature: expected at least 0, got {temperature}")
-        request = Request(self._next_id, list(prompt), max_new_tokens, temperature, seed, prefix)
+        if prefix is not None and self.runner.manager.sequences[prefix].tenant != tenant:
+            raise ValueError(f"prefix: expected one of tenant {tenant!r}, got that of another")
+        request = Request(
+            self._next_id, list(prompt), max_new_tokens, temperature, seed, prefix, tenant
+        )
         self._next_id += 1
         self.waiting.append(request)
         return request
@@ -115,6 +124,7 @@ class Engine:
         self._resume()
         self._admit()
         self.runner.advance()
+        self._remember()
         while self.running:
             decoding = [r for r in self.running if r.decoding]
             feeding = next((r for r in self.running if not r.decoding), None)
@@ -143,37 +153,65 @@ class Engine:
             self.step()
 
     def _admit(self) -> None:
-        manager = self.runner.manager
-        while self.waiting and not self.preempted and manager.rows.free:
-            request = self.waiting[0]
+        runner = self.runner
+        # Who waits for room lets nobody of its own past it.
+        blocked = {self._group(r) for r in self.preempted}
+        for request in list(self.waiting):
+            group = self._group(request)
+            if group in blocked:
+                continue
             try:
                 if request.prefix is None:
-                    request.sequence = manager.add()
+                    request.sequence = runner.begin(request.prompt, request.tenant)
+                    request.fed = runner.manager.length(request.sequence)
                 else:
-                    request.sequence = manager.fork(request.prefix)
+                    request.sequence = runner.manager.fork(request.prefix)
             except OutOfPagesError:
-                return
-            self.running.append(self.waiting.popleft())
+                blocked.add(group)
+                continue
+            self.waiting.remove(request)
+            self.running.append(request)
+
+    def _remember(self) -> None:
+        """What the prompt that is being fed has in the cache, later ones may begin with."""
+        feeding = next((r for r in self.running if not r.decoding), None)
+        if feeding is not None and feeding.fed and feeding.prefix is None:
+            runner = self.runner
+            runner.manager.remember(feeding.sequence, feeding.prompt[: feeding.fed], runner.cache)
+
+    def _group(self, request: Request) -> str | None:
+        """Who competes with a request for room: its tenant, if that has a share, or all others."""
+        return request.tenant if request.tenant in self.runner.manager.store.shares else None
 
     def _resume(self) -> None:
         runner = self.runner
-        while self.preempted:
+        blocked = set()
+        for request in list(self.preempted):
+            group = self._group(request)
+            beside = sum(self._group(r) == group for r in self.running)
             # Room to grow as well, or it would be preempted again at once.
-            if self.running and runner.manager.raw.free <= len(self.running):
-                return
+            if group in blocked or (beside and runner.manager.raw.room(request.tenant) <= beside):
+                blocked.add(group)
+                continue
             try:
-                runner.cache = runner.manager.resume(self.preempted[0].sequence, runner.cache)
+                runner.cache = runner.manager.resume(request.sequence, runner.cache)
             except OutOfPagesError:
-                return
-            self.running.append(self.preempted.pop(0))
+                blocked.add(group)
+                continue
+            self.preempted.remove(request)
+            self.running.append(request)
             self.running.sort(key=lambda r: r.id)
 
     def _make_room(self, error: OutOfPagesError) -> None:
-        runner = self.runner
-        youngest = self.running[-1]
-        if len(self.running) == 1:
+        runner, shares = self.runner, self.runner.manager.store.shares
+        group = error.tenant if error.tenant in shares else None
+        rivals = [r for r in self.running if self._group(r) == group]
+        youngest = rivals[-1]
+        if len(rivals) == 1:
             self._finish(youngest, "out_of_pages")
-            raise OutOfPagesError(f"request {youngest.id} does not fit into the cache: {error}")
+            raise OutOfPagesError(
+                f"request {youngest.id} does not fit into the cache: {error}", error.tenant
+            )
         logger.info("request %d preempted: %s", youngest.id, error)
         runner.manager.preempt(youngest.sequence, runner.cache)
         self.running.remove(youngest)

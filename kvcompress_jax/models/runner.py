@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.importance import LearnedScore
-from kvcompress_jax.manager import KVCacheManager, pools_for_tokens
+from kvcompress_jax.manager import NO_SHARES, KVCacheManager, pools_for_tokens
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.decoder import decode, logits
 from kvcompress_jax.models.load import Model
@@ -158,6 +159,7 @@ class Runner:
         kv_dtype: str = "bfloat16",
         chunk_tokens: int = 256,
         profile: Profile | None = None,
+        tenant_shares: Mapping[str, float] = NO_SHARES,
     ) -> None:
         """Allocates the cache.
 
@@ -169,6 +171,7 @@ class Runner:
           kv_dtype: of level 0.
           chunk_tokens: most tokens of a prompt in a step.
           profile: what `config.profile` names (`read_profile`).
+          tenant_shares: part of every pool that is a tenant's own, see `KVCacheManager`.
         """
         self.model = model
         self.config = config
@@ -179,9 +182,24 @@ class Runner:
         sizes = dataclasses.replace(
             sizes, learned_bytes=sum(x.nbytes for x in jax.tree.leaves(learned))
         )
-        self.manager = KVCacheManager(self.layout, sizes, config, max_sequences=max_sequences)
+        self.manager = KVCacheManager(
+            self.layout,
+            sizes,
+            config,
+            max_sequences=max_sequences,
+            fingerprint=model.fingerprint,
+            tenant_shares=tenant_shares,
+        )
         code = None if profile is None else profile.code(layer_frequencies(model.config))
         self.cache = init_cache(self.layout, sizes, code, learned=learned)
+
+    def begin(self, prompt: ListOf[int], tenant: str = "") -> int:
+        """A new sequence for a prompt, which may hold a part of it already: the prefix that it
+        shares with an earlier one (`KVCacheManager.add_prompt`)."""
+        sequence, self.cache = self.manager.add_prompt(
+            self.cache, prompt, step_tokens=self.chunk_tokens, tenant=tenant
+        )
+        return sequence
 
     def advance(self) -> None:
         """Applies what the manager has due; call it before every `forward`."""
@@ -213,21 +231,21 @@ class Runner:
             raise ValueError("forward: expected at least one token")
         if len(chunk) > self.chunk_tokens:
             raise ValueError(f"prefilling: at most {self.chunk_tokens} tokens, got {len(chunk)}")
-        grow = [(sequence, 1) for sequence, _ in decoding]
-        if prefilling is not None:
-            grow.append((prefilling[0], len(chunk)))
-        before = [self.manager.length(sequence) for sequence, _ in grow]
-        slots = self.manager.append_slots_to_all(grow)
+        sequences = [sequence for sequence, _ in decoding]
+        before = self.manager.length(prefilling[0]) if prefilling else 0
+        position, slots, chunk_slots = self.manager.append_step(
+            sequences, (prefilling[0], len(chunk)) if prefilling else None
+        )
         rows = self.max_sequences if decoding else 0
         size = rows + (self.chunk_tokens if chunk else 0)
         tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
         targets = np.full(size, -1, np.int32)
-        for row, (_, token) in enumerate(decoding):
-            tokens[row], positions[row], targets[row] = token, before[row], slots[row][0]
+        tokens[: len(decoding)] = [token for _, token in decoding]
+        positions[: len(decoding)], targets[: len(decoding)] = position, slots
         if chunk:
             part = slice(rows, rows + len(chunk))
-            tokens[part], targets[part] = chunk, slots[-1]
-            positions[part] = before[-1] + np.arange(len(chunk))
+            tokens[part], targets[part] = chunk, chunk_slots
+            positions[part] = before + np.arange(len(chunk))
         last = rows + len(chunk) - 1
         wanted = np.arange(size) if all_logits else np.arange(rows + bool(chunk))
         if chunk and not all_logits:
@@ -240,7 +258,7 @@ class Runner:
                 tokens=tokens,
                 positions=positions,
                 slots=targets,
-                decoding=self._rows([s for s, _ in decoding], [1] * len(decoding), rows),
+                decoding=self._rows(sequences, [1] * len(decoding), rows),
                 prefilling=self._rows([prefilling[0]], [len(chunk)], 1) if prefilling else None,
                 wanted=wanted.astype(np.int32),
                 shadows=shadows,
@@ -286,6 +304,7 @@ def make_runner(
     max_sequences: int,
     chunk_tokens: int = 256,
     kv_dtype: str = "bfloat16",
+    tenant_shares: Mapping[str, float] = NO_SHARES,
 ) -> Runner:
     """A runner whose pools hold a given number of tokens.
 
@@ -296,6 +315,7 @@ def make_runner(
       max_sequences: that are on the device at the same time.
       chunk_tokens: most tokens of a prompt in a step.
       kv_dtype: of level 0.
+      tenant_shares: part of every pool that is a tenant's own, see `KVCacheManager`.
     """
     profile = read_profile(config, model)
     sizes = pools_for_tokens(
@@ -313,6 +333,7 @@ def make_runner(
         kv_dtype=kv_dtype,
         chunk_tokens=chunk_tokens,
         profile=profile,
+        tenant_shares=tenant_shares,
     )
 
 

@@ -47,48 +47,62 @@ class SealedImage:
     sinks: jax.Array  # [m, layers, 2, heads, sink_tokens, dim]
 
 
+def _pick(pool: jax.Array, index: jax.Array) -> jax.Array:
+    if pool.shape[1] == 0:  # nothing is ever stored there
+        return jnp.zeros((index.shape[0], pool.shape[0], *pool.shape[2:]), pool.dtype)
+    return jnp.moveaxis(pool[:, jnp.maximum(index, 0)], 1, 0)
+
+
+def _put(pool: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
+    if pool.shape[1] == 0:  # nothing is ever stored there
+        return pool
+    index = jnp.where(index < 0, pool.shape[1], index)  # too large: dropped
+    return pool.at[:, index].set(jnp.moveaxis(x, 0, 1), mode="drop")
+
+
+def export_raw(cache: PagedCache, raw: jax.Array) -> RawImage:
+    """Copies raw pages i32[n] out of the pools; ids of -1 give pages that mean nothing."""
+    return RawImage(
+        kv=_pick(cache.raw, raw), mass=_pick(cache.mass, raw), seen=_pick(cache.seen, raw)
+    )
+
+
+def import_raw(cache: PagedCache, raw: jax.Array, image: RawImage) -> PagedCache:
+    """Writes raw pages i32[n]; ids of -1 are skipped. `cache` is donated."""
+    return dataclasses.replace(
+        cache,
+        raw=_put(cache.raw, raw, image.kv),
+        mass=_put(cache.mass, raw, image.mass),
+        seen=_put(cache.seen, raw, image.seen),
+    )
+
+
 def export_pages(cache: PagedCache, ids: PageIds) -> tuple[RawImage, SealedImage]:
     """Copies pages out of the pools; ids of -1 give pages that mean nothing."""
-
-    def pick(pool: jax.Array, index: jax.Array) -> jax.Array:
-        if pool.shape[1] == 0:  # nothing is ever stored there
-            return jnp.zeros((index.shape[0], pool.shape[0], *pool.shape[2:]), pool.dtype)
-        return jnp.moveaxis(pool[:, jnp.maximum(index, 0)], 1, 0)
 
     if cache.fine.shape[0]:
         fine = cache.fine[jnp.maximum(ids.chunks, 0)]
     else:
         fine = jnp.zeros((*ids.chunks.shape, *cache.fine.shape[1:]), cache.fine.dtype)
-    raw = RawImage(
-        kv=pick(cache.raw, ids.raw),
-        mass=pick(cache.mass, ids.raw),
-        seen=pick(cache.seen, ids.raw),
-    )
     sealed = SealedImage(
-        base=pick(cache.base, ids.sealed),
-        key_scale=jax.tree.map(lambda pool: pick(pool, ids.sealed), cache.key_scale),
-        value_scale=jax.tree.map(lambda pool: pick(pool, ids.sealed), cache.value_scale),
-        order=pick(cache.order, ids.sealed),
-        refined=pick(cache.refined, ids.sealed),
-        first=pick(cache.first[None], ids.sealed)[:, 0],
-        heat=pick(cache.heat[None], ids.sealed)[:, 0],
+        base=_pick(cache.base, ids.sealed),
+        key_scale=jax.tree.map(lambda pool: _pick(pool, ids.sealed), cache.key_scale),
+        value_scale=jax.tree.map(lambda pool: _pick(pool, ids.sealed), cache.value_scale),
+        order=_pick(cache.order, ids.sealed),
+        refined=_pick(cache.refined, ids.sealed),
+        first=_pick(cache.first[None], ids.sealed)[:, 0],
+        heat=_pick(cache.heat[None], ids.sealed)[:, 0],
         fine=fine,
-        sinks=pick(cache.sinks, ids.sink),
+        sinks=_pick(cache.sinks, ids.sink),
     )
-    return raw, sealed
+    return export_raw(cache, ids.raw), sealed
 
 
 def import_pages(cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedImage) -> PagedCache:
     """Writes pages back, to the same or other ids; ids of -1 are skipped. `cache` is donated."""
 
-    def put(pool: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
-        if pool.shape[1] == 0:  # nothing is ever stored there
-            return pool
-        index = jnp.where(index < 0, pool.shape[1], index)  # too large: dropped
-        return pool.at[:, index].set(jnp.moveaxis(x, 0, 1), mode="drop")
-
     def put_sealed(pool: jax.Array, x: jax.Array) -> jax.Array:
-        return put(pool, ids.sealed, x)
+        return _put(pool, ids.sealed, x)
 
     fine = cache.fine
     if fine.shape[0]:
@@ -96,10 +110,7 @@ def import_pages(cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedI
         fine = fine.at[chunk].set(sealed.fine, mode="drop")
     page = jnp.where(ids.sealed < 0, cache.base.shape[1], ids.sealed)
     return dataclasses.replace(
-        cache,
-        raw=put(cache.raw, ids.raw, raw.kv),
-        mass=put(cache.mass, ids.raw, raw.mass),
-        seen=put(cache.seen, ids.raw, raw.seen),
+        import_raw(cache, ids.raw, raw),
         base=put_sealed(cache.base, sealed.base),
         key_scale=jax.tree.map(put_sealed, cache.key_scale, sealed.key_scale),
         value_scale=jax.tree.map(put_sealed, cache.value_scale, sealed.value_scale),
@@ -110,5 +121,5 @@ def import_pages(cache: PagedCache, ids: PageIds, raw: RawImage, sealed: SealedI
         sealed=cache.sealed.at[page].set(True, mode="drop"),
         fine=fine,
         fine_of=cache.fine_of.at[:, page].set(ids.chunks.T, mode="drop"),
-        sinks=put(cache.sinks, ids.sink, sealed.sinks),
+        sinks=_put(cache.sinks, ids.sink, sealed.sinks),
     )

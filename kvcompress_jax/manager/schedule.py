@@ -1,0 +1,83 @@
+"""At which length something becomes due for each sequence."""
+
+import numpy as np
+
+from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.manager.page import NONE, Page, Sequence
+from kvcompress_jax.manager.page_store import PageStore
+
+_NEVER = np.iinfo(np.int32).max
+
+
+class Schedule:
+    """Two alarms a row: a page leaves the window, a page is old enough for level 2. A step looks
+    at the sequences whose alarm rings, and at no others."""
+
+    def __init__(self, store: PageStore, config: CompressionConfig, lengths: np.ndarray) -> None:
+        self._store = store
+        self._config = config
+        self._lengths = lengths
+        self._seal_at = np.full(len(lengths), _NEVER, np.int32)
+        self._age_at = np.full(len(lengths), _NEVER, np.int32)
+
+    def clear(self, row: int) -> None:
+        """Nobody has the row."""
+        self._seal_at[row] = self._age_at[row] = _NEVER
+
+    def reset(self, sequence: Sequence) -> None:
+        """The pages of a sequence changed."""
+        if self._config.compresses:
+            window = self._config.window_tokens
+            self._seal_at[sequence.row] = self._end(sequence, sequence.settled) + window
+        if self._config.demote_after_tokens is not None:
+            after = self._config.demote_after_tokens
+            self._age_at[sequence.row] = self._end(sequence, sequence.aged) + after
+
+    def leaving(self) -> list[Page]:
+        """Raw pages that left the window of all their owners, each once, oldest sequence first."""
+        due: dict[int, Page] = {}
+        for sequence in self._ringing(self._seal_at):
+            pages, size = sequence.pages, self._store.layout.page_size
+            while sequence.settled < len(pages) and _at_rest(pages[sequence.settled]):
+                sequence.settled += 1
+            for page in pages[sequence.settled :]:
+                if sequence.length - (page.index + 1) * size < self._config.window_tokens:
+                    break
+                if not _at_rest(page) and self._store.age(page) >= self._config.window_tokens:
+                    due[page.uid] = page
+            self.reset(sequence)
+        return list(due.values())
+
+    def ageing(self) -> bool:
+        """Marks pages that became old enough for level 2 in some owner; whether there are any."""
+        found = False
+        for sequence in self._ringing(self._age_at):
+            pages, size = sequence.pages, self._store.layout.page_size
+            after = self._config.demote_after_tokens or 0
+            while sequence.aged < len(pages):
+                page = pages[sequence.aged]
+                if sequence.length - (page.index + 1) * size < after or page.pending:
+                    break
+                if page.sealed != NONE:
+                    self._store.old[page.sealed] = found = True
+                elif not page.unsealable:
+                    break  # it waits for room at level 0
+                sequence.aged += 1
+            self.reset(sequence)
+        return found
+
+    def _ringing(self, alarm: np.ndarray) -> list[Sequence]:
+        rows = np.flatnonzero(self._lengths >= alarm).tolist()
+        found = [self._store.by_row[row] for row in rows]
+        return sorted((s for s in found if s is not None), key=lambda s: s.id)
+
+    def _end(self, sequence: Sequence, first: int) -> int:
+        """Tokens up to the end of page number `first` of the sequence, which may not exist yet."""
+        size = self._store.layout.page_size
+        if first < len(sequence.pages):
+            return (sequence.pages[first].index + 1) * size
+        return (-(-sequence.length // size) + 1) * size
+
+
+def _at_rest(page: Page) -> bool:
+    return page.sealed != NONE or page.unsealable
