@@ -9,12 +9,20 @@ from typing import NoReturn
 
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
 from kvcompress_jax.lab import compare_command
+from kvcompress_jax.metrics import commands as metrics_commands
+from kvcompress_jax.metrics.commands import MetricsError
 from kvcompress_jax.paged.layout import PAGE_SIZES
 from kvcompress_jax.storage import commands as storage_commands
 from kvcompress_jax.storage.errors import DiskTierError
 
 USAGE_ERROR = 2
-EXTRAS = {"flax": "lab", "optax": "lab", "xxhash": "storage", "zstandard": "storage"}
+EXTRAS = {
+    "flax": "lab",
+    "optax": "lab",
+    "xxhash": "storage",
+    "zstandard": "storage",
+    "prometheus_client": "serve",
+}
 
 MODEL = "smollm2|FILE.gguf|DIR"
 MODEL_HELP = (
@@ -40,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return args.run(args) or 0
-    except (ConfigError, ModelError, TextError, OutputError, DiskTierError) as e:
+    except (ConfigError, ModelError, TextError, OutputError, DiskTierError, MetricsError) as e:
         print(f"kvcompress {args.command}: {e}", file=sys.stderr)
         return USAGE_ERROR
     except ModuleNotFoundError as e:
@@ -76,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.png",
         help="accuracy against bits, pages over time (default: %(default)s)",
     )
+    metrics_commands.add_serving(demo)
     demo.set_defaults(run=_demo)
 
     evaluate = commands.add_parser(
@@ -150,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     compare_command.add_arguments(compare)
     compare.set_defaults(run=compare_command.run)
     storage_commands.add_commands(commands.add_parser)
+
+    top = commands.add_parser("top", help="watch a running process that serves metrics")
+    metrics_commands.add_arguments(top)
+    top.set_defaults(run=metrics_commands.run)
     return parser
 
 
@@ -306,11 +319,13 @@ def _demo(args: argparse.Namespace) -> None:
         if path is not None:
             check_writable(path)
     console = Console()
-    with stages(console) as progress:
+    with metrics_commands.serving(args) as board, stages(console) as progress:
         progress("loading the model", 0.0)
         model = load_model(args.model)
         progress("loading the model", 1.0)
-        shown = demo.demonstrate(model, text, config, kv_dtype=args.kv_dtype, progress=progress)
+        shown = demo.demonstrate(
+            model, text, config, kv_dtype=args.kv_dtype, board=board, progress=progress
+        )
     show_demonstration(console, shown)
     plot_accuracy(
         args.plot,

@@ -9,6 +9,7 @@ import numpy as np
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.lab.retrieval import Facts
 from kvcompress_jax.manager.stats import CompressionStats
+from kvcompress_jax.metrics.board import Board
 from kvcompress_jax.models.engine import Engine
 from kvcompress_jax.models.load import Model
 from kvcompress_jax.models.runner import make_runner
@@ -57,6 +58,7 @@ def converse(
     *,
     answer_tokens: int,
     kv_dtype: str = "bfloat16",
+    board: Board | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Conversation:
     """Reads a text once, then answers all questions as concurrent requests that share its pages.
@@ -68,6 +70,7 @@ def converse(
       questions: prompts that continue the text; those of `facts` come first.
       answer_tokens: to generate for each question.
       kv_dtype: of level 0.
+      board: where figures are published.
       progress: is told the share of the work that is done.
     """
     start = time.perf_counter()
@@ -80,7 +83,7 @@ def converse(
         chunk_tokens=CHUNK_TOKENS,
         kv_dtype=kv_dtype,
     )
-    engine = Engine(runner)
+    engine = Engine(runner, board=board)
     manager = runner.manager
     history: list[Levels] = []
     work = len(facts.context) / CHUNK_TOKENS + len(questions) + answer_tokens
@@ -99,7 +102,10 @@ def converse(
 
     text = manager.add()
     for i in range(0, len(facts.context), CHUNK_TOKENS):
+        began = time.monotonic()
         runner.extend(text, facts.context[i : i + CHUNK_TOKENS])
+        if board is not None:
+            board.step(time.monotonic() - began, engine.figures)
         note()
     runner.advance()
     # Small steps from here on: a question is a few tokens.

@@ -8,6 +8,7 @@ from kvcompress_jax.lab.conversation import Conversation, converse
 from kvcompress_jax.lab.evaluate import Evaluation, Evaluator
 from kvcompress_jax.lab.retrieval import plant_facts
 from kvcompress_jax.lab.texts import TextError, check_positions, take_tokens
+from kvcompress_jax.metrics.board import Board
 from kvcompress_jax.models.load import Model
 from kvcompress_jax.models.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ def demonstrate(
     context_tokens: int = 1024,
     continuation_tokens: int = 128,
     kv_dtype: str = "bfloat16",
+    board: Board | None = None,
     progress: Progress = lambda stage, share: None,
 ) -> Demonstration:
     """Runs the demo.
@@ -64,6 +66,7 @@ def demonstrate(
       context_tokens: of the evaluations.
       continuation_tokens: of the evaluations.
       kv_dtype: of level 0 and of the uncompressed cache.
+      board: where figures of both conversations are published.
       progress: is told the stage and the share of it that is done.
 
     Raises:
@@ -85,6 +88,7 @@ def demonstrate(
             questions,
             answer_tokens=ANSWER_TOKENS,
             kv_dtype=kv_dtype,
+            board=board,
             progress=lambda share: progress(stage, share),
         )
 

@@ -55,6 +55,7 @@ class KVCacheManager:
         disk: Below | None = None,
         device: Device | None = None,
         coldness: Coldness | None = None,
+        first_sequence_id: int = 0,
     ) -> None:
         """
         Args:
@@ -68,6 +69,7 @@ class KVCacheManager:
           disk: where fine planes go that find no room in host memory; None: they are lost.
           device: what holds the pools; None: JAX.
           coldness: in what order pages are demoted under pressure; None: by their heat.
+          first_sequence_id: smallest id that a sequence gets.
 
         Raises:
           ConfigError: the shares are more than there is.
@@ -84,6 +86,7 @@ class KVCacheManager:
         self._tables = TableRows(max_sequences)
         schedule = Schedule(store, config, self._tables.length)
         self._lives = Lives(store, self._tables, schedule, self.counters)
+        self._lives.next_id = first_sequence_id
         self.prefixes = PrefixCache(
             store,
             self.counters,
@@ -173,6 +176,11 @@ class KVCacheManager:
             self.prefixes.remember(sequence, tokens, cache)
             if self.counters.pages_merged != merged:
                 self._lives.refresh(sequence)
+
+    @property
+    def next_sequence_id(self) -> int:
+        """Id of the next sequence; larger than all so far."""
+        return self._lives.next_id
 
     def length(self, sequence_id: int) -> int:
         """Tokens of a sequence, the ones that slots were just handed out for included."""

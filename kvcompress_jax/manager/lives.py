@@ -23,7 +23,7 @@ class Lives:
         self.copies: list[tuple[int, int]] = []  # raw pages that a plan must copy for forks
         self._tables = tables
         self._schedule = schedule
-        self._next_id = 0
+        self.next_id = 0
         self._batch: tuple[list[int], np.ndarray] = ([], np.zeros(0, np.int64))
 
     def find(self, sequence_id: int) -> Sequence:
@@ -49,8 +49,8 @@ class Lives:
     def add(self, tenant: str) -> Sequence:
         """A new, empty sequence."""
         (row,) = self.store.rows.take(1, tenant)
-        sequence = Sequence(id=self._next_id, row=row, lengths=self._tables.length, tenant=tenant)
-        self._next_id += 1
+        sequence = Sequence(id=self.next_id, row=row, lengths=self._tables.length, tenant=tenant)
+        self.next_id += 1
         self.store.sequences[sequence.id] = sequence
         self.store.by_row[row] = sequence
         self.refresh(sequence)

@@ -1,41 +1,24 @@
 """Continuous batching: requests come and go, every step serves all that are running."""
 
 import collections
-import dataclasses
 import logging
+import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvcompress_jax.manager import OutOfPagesError
+from kvcompress_jax.metrics.board import Board
+from kvcompress_jax.models.errors import one_line
+from kvcompress_jax.models.prefixes import HeldPrefixes
+from kvcompress_jax.models.recovery import recover, start_over
+from kvcompress_jax.models.request import NO_SEQUENCE, Request
 from kvcompress_jax.models.runner import Runner
-
-NO_SEQUENCE = -1
+from kvcompress_jax.models.sampling import NOT_FINITE, sample
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt and what became of it."""
-
-    id: int
-    prompt: list[int]
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    prefix: int | None  # a sequence that the prompt continues
-    tenant: str
-    generated: list[int] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None  # "stop" or "length" once finished
-    sequence: int = NO_SEQUENCE
-    fed: int = 0  # tokens of the prompt that are in the cache
-
-    @property
-    def decoding(self) -> bool:
-        """Whether the whole prompt is in the cache."""
-        return self.fed == len(self.prompt)
 
 
 class Engine:
@@ -45,22 +28,48 @@ class Engine:
     time, while all others decode. When pages run out, the request that came last moves to host
     memory and comes back, bit for bit, once there is room. With `prefix_cache_bytes`, a prompt
     is fed from where it differs from earlier ones of its tenant.
+
+    When a step fails on the device, the requests in it are started over with the tokens that they
+    have (`kvcompress_jax.models.recovery`).
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, *, board: Board | None = None) -> None:
+        """
+        Args:
+          runner: of the model.
+          board: where figures are published (`kvcompress_jax.metrics`).
+        """
         self.runner = runner
+        self.board = board
+        self.finished: collections.Counter[str] = collections.Counter()  # requests by reason
+        self.prompt_tokens = 0  # that were fed
+        self.generated_tokens = 0
+        self.failed_steps = 0
+        self.recomputed_requests = 0
+        self.prefixes = HeldPrefixes(runner)
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: list[Request] = []  # by arrival
         self.preempted: list[Request] = []  # by arrival
+        self._planning = False  # what the host decided may not be on the device yet
         self._next_id = 0
 
     def hold_prefix(self, tokens: list[int], tenant: str = "") -> int:
-        """Reads tokens into a sequence that requests can continue; they share its pages. Free it
-        with `runner.manager.free`."""
-        sequence = self.runner.manager.add(tenant)
-        self.runner.extend(sequence, tokens)
-        self.runner.advance()
-        return sequence
+        """Reads tokens into a sequence that requests can continue; they share its pages. Let go of
+        it with `release_prefix`."""
+        try:
+            return self.prefixes.hold(tokens, tenant)
+        except jax.errors.JaxRuntimeError:
+            start_over(self, keep_cache=False)
+            raise
+
+    def release_prefix(self, prefix: int) -> None:
+        """Ends a prefix of `hold_prefix`; requests that continue it and were started keep its
+        pages.
+
+        Raises:
+          ValueError: there is none.
+        """
+        self.prefixes.release(prefix)
 
     def submit(
         self,
@@ -92,7 +101,7 @@ class Engine:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         if not temperature >= 0:
             raise ValueError(f"temperature: expected at least 0, got {temperature}")
-        if prefix is not None and self.runner.manager.sequences[prefix].tenant != tenant:
+        if prefix is not None and self.prefixes.tenant_of(prefix) != tenant:
             raise ValueError(f"prefix: expected one of tenant {tenant!r}, got that of another")
         request = Request(
             self._next_id, list(prompt), max_new_tokens, temperature, seed, prefix, tenant
@@ -107,9 +116,10 @@ class Engine:
         return not (self.waiting or self.running or self.preempted)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request now; its pages are freed and its tokens so far stay in it."""
+        """Ends a request now, whatever it is doing; its pages are freed and its tokens so far stay
+        in it."""
         if request.finish_reason is None:
-            self._finish(request, "cancelled")
+            self.finish(request, "cancelled")
 
     def step(self) -> list[Request]:
         """One step for all running requests.
@@ -120,17 +130,44 @@ class Engine:
         Raises:
           OutOfPagesError: a request alone does not fit into the cache; it is ended as
             "out_of_pages", and the others go on with the next step.
+          JaxRuntimeError: the device failed, and not in a step of any request.
         """
+        start = time.monotonic()
+        try:
+            finished = self._step()
+        except jax.errors.JaxRuntimeError as e:
+            finished = recover(self, e, keep_cache=not self._planning)
+        if self.board is not None:
+            self.board.step(time.monotonic() - start, self.figures)
+        return finished
+
+    def figures(self) -> tuple[Mapping[str, object], Mapping[str, object]]:
+        """`get_compression_stats()` and the engine's own figures, for a `Board`."""
+        return self.runner.manager.get_compression_stats(), {
+            "requests_running": len(self.running),
+            "requests_waiting": len(self.waiting),
+            "requests_preempted": len(self.preempted),
+            "finished": dict(self.finished),
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "failed_steps": self.failed_steps,
+            "recomputed_requests": self.recomputed_requests,
+        }
+
+    def _step(self) -> list[Request]:
+        self._planning = True
+        self.prefixes.restore()
         self._resume()
         self._admit()
         self.runner.advance()
         self._remember()
+        self._planning = False
         while self.running:
             decoding = [r for r in self.running if r.decoding]
             feeding = next((r for r in self.running if not r.decoding), None)
             chunk = None
             if feeding is not None:
-                part = feeding.prompt[feeding.fed : feeding.fed + self.runner.chunk_tokens]
+                part = feeding.feed[feeding.fed : feeding.fed + self.runner.chunk_tokens]
                 chunk = (feeding.sequence, part)
             try:
                 decoded, fed = self.runner.forward(
@@ -141,6 +178,7 @@ class Engine:
                 continue
             if feeding is not None:
                 feeding.fed += len(part)
+                self.prompt_tokens += len(part)
                 if feeding.decoding:
                     decoding.append(feeding)
                     decoded = jnp.concatenate([decoded, fed])
@@ -157,17 +195,24 @@ class Engine:
         # Who waits for room lets nobody of its own past it.
         blocked = {self._group(r) for r in self.preempted}
         for request in list(self.waiting):
+            if any(r.suspect for r in self.running):
+                return  # it is tried before anybody else comes
             group = self._group(request)
             if group in blocked:
                 continue
             try:
                 if request.prefix is None:
-                    request.sequence = runner.begin(request.prompt, request.tenant)
+                    request.sequence = runner.begin(request.feed, request.tenant)
                     request.fed = runner.manager.length(request.sequence)
                 else:
-                    request.sequence = runner.manager.fork(request.prefix)
+                    request.sequence = runner.manager.fork(
+                        self.prefixes.sequence_of(request.prefix)
+                    )
             except OutOfPagesError:
                 blocked.add(group)
+                continue
+            except ValueError as e:  # the prefix was freed, or lost and is nobody's
+                self.finish(request, "error", f"request {request.id}: prefix: {e}")
                 continue
             self.waiting.remove(request)
             self.running.append(request)
@@ -177,7 +222,7 @@ class Engine:
         feeding = next((r for r in self.running if not r.decoding), None)
         if feeding is not None and feeding.fed and feeding.prefix is None:
             runner = self.runner
-            runner.manager.remember(feeding.sequence, feeding.prompt[: feeding.fed], runner.cache)
+            runner.manager.remember(feeding.sequence, feeding.feed[: feeding.fed], runner.cache)
 
     def _group(self, request: Request) -> str | None:
         """Who competes with a request for room: its tenant, if that has a share, or all others."""
@@ -208,12 +253,19 @@ class Engine:
         rivals = [r for r in self.running if self._group(r) == group]
         youngest = rivals[-1]
         if len(rivals) == 1:
-            self._finish(youngest, "out_of_pages")
-            raise OutOfPagesError(
-                f"request {youngest.id} does not fit into the cache: {error}", error.tenant
-            )
+            reason = f"request {youngest.id} does not fit into the cache: {error}"
+            self.finish(youngest, "out_of_pages", reason)
+            raise OutOfPagesError(reason, error.tenant)
         logger.info("request %d preempted: %s", youngest.id, error)
-        runner.manager.preempt(youngest.sequence, runner.cache)
+        self._planning = True
+        try:
+            runner.manager.preempt(youngest.sequence, runner.cache)
+        except MemoryError as e:
+            reason = f"request {youngest.id}: no host memory to preempt it: {one_line(e)}"
+            self.finish(youngest, "error", reason)
+            self._planning = False
+            return
+        self._planning = False
         self.running.remove(youngest)
         self.preempted.append(youngest)
         self.preempted.sort(key=lambda r: r.id)
@@ -227,37 +279,34 @@ class Engine:
         for i, request in enumerate(requests):
             temperature[i], seed[i] = request.temperature, request.seed
             index[i] = len(request.generated)
-        tokens = np.asarray(_sample(padded, temperature, seed, index))[: len(requests)]
+        tokens = np.asarray(sample(padded, temperature, seed, index))[: len(requests)]
         finished = []
         for request, token in zip(requests, tokens.tolist(), strict=True):
+            if token == NOT_FINITE:
+                reason = f"request {request.id}: its logits are not finite"
+                self.finish(request, "error", reason)
+                finished.append(request)
+                continue
             request.generated.append(token)
+            request.suspect = False
+            self.generated_tokens += 1
             if token in self.runner.model.config.eos_token_ids:
-                self._finish(request, "stop")
+                self.finish(request, "stop")
             elif len(request.generated) == request.max_new_tokens:
-                self._finish(request, "length")
+                self.finish(request, "length")
             if request.finish_reason is not None:
                 finished.append(request)
         return finished
 
-    def _finish(self, request: Request, reason: str) -> None:
-        request.finish_reason = reason
+    def finish(self, request: Request, reason: str, error: str | None = None) -> None:
+        """Ends a request and frees its pages."""
+        if error is not None:
+            logger.warning("%s", error)
+        request.finish_reason, request.error = reason, error
+        self.finished[reason] += 1
         for queue in (self.waiting, self.running, self.preempted):
             if request in queue:
                 queue.remove(request)
         if request.sequence != NO_SEQUENCE:
             self.runner.manager.free(request.sequence)
             request.sequence = NO_SEQUENCE
-
-
-@jax.jit
-def _sample(
-    logits: jax.Array, temperature: jax.Array, seed: jax.Array, index: jax.Array
-) -> jax.Array:
-    """i32[n]: greedy where temperature is 0, else a draw that seed and index fix."""
-
-    def one(logits: jax.Array, t: jax.Array, seed: jax.Array, index: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        drawn = jax.random.categorical(key, logits / jnp.where(t > 0, t, 1.0))
-        return jnp.where(t > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
-
-    return jax.vmap(one)(logits, temperature, seed, index)

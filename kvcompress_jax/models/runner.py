@@ -182,16 +182,41 @@ class Runner:
         sizes = dataclasses.replace(
             sizes, learned_bytes=sum(x.nbytes for x in jax.tree.leaves(learned))
         )
-        self.manager = KVCacheManager(
+        self.sizes = sizes
+        self.tenant_shares = tenant_shares
+        self._code = None if profile is None else profile.code(layer_frequencies(model.config))
+        self._learned = learned
+        self.manager, self.cache = self._new_cache(first_sequence_id=0)
+
+    def _new_cache(self, first_sequence_id: int) -> tuple[KVCacheManager, PagedCache]:
+        manager = KVCacheManager(
             self.layout,
-            sizes,
-            config,
-            max_sequences=max_sequences,
-            fingerprint=model.fingerprint,
-            tenant_shares=tenant_shares,
+            self.sizes,
+            self.config,
+            max_sequences=self.max_sequences,
+            fingerprint=self.model.fingerprint,
+            tenant_shares=self.tenant_shares,
+            first_sequence_id=first_sequence_id,
         )
-        code = None if profile is None else profile.code(layer_frequencies(model.config))
-        self.cache = init_cache(self.layout, sizes, code, learned=learned)
+        return manager, init_cache(self.layout, self.sizes, self._code, learned=self._learned)
+
+    def intact(self) -> bool:
+        """Whether the cache is still there: a step that fails on the device takes it along, as it
+        was donated. Waits for the device."""
+        if any(x.is_deleted() for x in jax.tree.leaves(self.cache)):
+            return False
+        try:
+            jax.block_until_ready(self.cache)
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    def rebuild(self) -> None:
+        """An empty cache in the place of one that was lost, and a manager without sequences; no id
+        of a sequence is used again. Counters begin anew."""
+        first_sequence_id = self.manager.next_sequence_id
+        del self.cache  # or there would be two of them for a moment
+        self.manager, self.cache = self._new_cache(first_sequence_id)
 
     def begin(self, prompt: ListOf[int], tenant: str = "") -> int:
         """A new sequence for a prompt, which may hold a part of it already: the prefix that it

@@ -1,8 +1,11 @@
 """The command line as a user meets it."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import socket
+import threading
 
 import pytest
 
@@ -77,10 +80,22 @@ def test_demo(capsys, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "ANSWER_TOKENS", 4)
     monkeypatch.setattr(demo, "RECIPES", {"balanced": demo.RECIPES["balanced"]})
     plot, out = tmp_path / "plot.png", tmp_path / "out.json"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    seen: list[dict] = []
+    over = threading.Event()
+    watcher = threading.Thread(target=watch, args=(port, seen, over))
+    watcher.start()
     code, shown, error = run(
-        capsys, "demo", "--model", model, "--text", text, "--plot", plot, "--json", out
+        capsys,
+        *("demo", "--model", model, "--text", text, "--plot", plot, "--json", out),
+        *("--serve-metrics", port),
     )
+    over.set()
+    watcher.join()
     assert (code, error) == (0, "")
+    assert f"metrics: http://127.0.0.1:{port}/metrics" in shown
+    assert any(f["stats"] and f["stats"]["tokens"] > 100 and f["steps"] for f in seen)
     for part in ("Answers", "tokens per GiB", "Pages over time", "Fidelity against bits"):
         assert part in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -91,6 +106,16 @@ def test_demo(capsys, model, text, tmp_path, monkeypatch):
     assert len(compressed["answers"]) == len(result["questions"]) == 8
     assert any(step["level_1"] for step in compressed["pages_over_time"])
     assert plain["stats"]["seals"] == 0
+
+
+def watch(port, seen, over):
+    """Asks for the demo's figures while it runs."""
+    from kvcompress_jax.metrics.commands import MetricsError
+    from kvcompress_jax.metrics.top import fetch
+
+    while not over.wait(0.05):
+        with contextlib.suppress(MetricsError):
+            seen.append(fetch(f"http://127.0.0.1:{port}"))
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,12 @@ def test_sampling_does_not_depend_on_the_batch():
 
 
 def test_sampling_follows_the_distribution():
-    from kvcompress_jax.models.engine import _sample
+    from kvcompress_jax.models.sampling import sample
 
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     n = 4000
     draw = lambda t: np.bincount(  # noqa: E731
-        _sample(
+        sample(
             jnp.broadcast_to(logits, (n, 4)),
             np.full(n, t, np.float32),
             np.arange(n, dtype=np.uint32),
