@@ -32,6 +32,7 @@ from kvcompress_jax.paged import (
 )
 from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.measure import measure
+from kvcompress_jax.quality import admit
 
 if TYPE_CHECKING:
     from kvcompress_jax.calibrated.profile import Profile
@@ -169,7 +170,12 @@ class Runner:
           kv_dtype: of level 0.
           chunk_tokens: most tokens of a prompt in a step.
           profile: what `config.profile` names (`read_profile`).
+
+        Raises:
+          QualityError: the configuration has a bound that this model does not keep with it, or
+            was never seen to keep.
         """
+        admit(config, model.fingerprint)
         self.model = model
         self.config = config
         self.chunk_tokens = chunk_tokens
