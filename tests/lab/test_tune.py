@@ -9,7 +9,6 @@ import pytest
 
 from kvcompress_jax.cli import main
 from kvcompress_jax.config import RECIPES, CompressionConfig
-from kvcompress_jax.lab.bench import compress
 from kvcompress_jax.lab.budget import bits_for_code, sequence_bits, sequence_bytes
 from kvcompress_jax.lab.tune import Goal, Tuner
 from kvcompress_jax.models.load import load_model
@@ -91,7 +90,7 @@ def test_the_tuner_keeps_its_budget_and_more_bits_keep_more(files):
 
 def test_tune_writes_what_eval_takes_and_refuses_what_it_cannot_do(files, tmp_path, capsys):
     """kvcompress tune --model DIR ... --out FILE.toml, then the gate."""
-    model, text, other = files
+    model, text, _ = files
     out, report = tmp_path / "tuned.toml", tmp_path / "tuned.json"
     tune = ("tune", "--model", model, "--text", text, *ARGUMENTS, "--out", out)
     code, shown, error = run(capsys, *tune, "--kl", 1, "--top1", 0.1, "--json", report)
@@ -138,7 +137,7 @@ def test_the_gate(files, tmp_path, capsys, caplog):
         return make_runner(model, config, tokens=64, max_sequences=1, chunk_tokens=32)
 
     unknown = CompressionConfig.from_toml(loose)
-    with pytest.raises(QualityError, match="has a bound, but it was never measured; `kvcompress tu"):
+    with pytest.raises(QualityError, match="has a bound, but it was never measured; `kvcom"):
         start(unknown)
     checked = tmp_path / "checked.toml"
     check = ("tune", "--model", model, "--text", text, *ARGUMENTS, "--check", loose)
