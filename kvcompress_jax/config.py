@@ -10,6 +10,7 @@ from typing import Any
 from kvcompress_jax.calibrated.row import RowLayout
 from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceRule, ImportanceWeights
 from kvcompress_jax.paged.layout import PAGE_SIZES, CacheLayout
+from kvcompress_jax.quality import Measured, QualityBound
 
 
 class ConfigError(ValueError):
@@ -53,6 +54,9 @@ class CompressionConfig:
       telemetry_share: share of the steps in which the error of compression is measured, 0 to 1; 0:
         never, and nothing is kept for it.
       telemetry_pages: sealed pages that keep a raw copy on the device to measure it with.
+      bound: fidelity that a model must keep with it, or it is not served.
+      measured: what was measured, and on which model; `kvcompress tune` writes it.
+      force: serve it even so; what is wrong goes to the log.
     """
 
     enabled: bool = True
@@ -75,6 +79,9 @@ class CompressionConfig:
     learned_importance: str | None = None
     telemetry_share: float = 0.0
     telemetry_pages: int = 4
+    bound: QualityBound | None = None
+    measured: Measured | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         _check(self.levels in (1, 2, 3), "levels", "1, 2 or 3", self.levels)
@@ -149,12 +156,13 @@ class CompressionConfig:
     ) -> "CompressionConfig":
         """The configuration that the environment asks for.
 
-        `KVCOMPRESS_RECIPE` names the recipe to start from (default: balanced). Then come
+        `KVCOMPRESS_CONFIG` names a TOML file to start from (`from_toml`), or `KVCOMPRESS_RECIPE` a
+        recipe (default: balanced). Then come
         `VLLM_ENABLE_KV_COMPRESSION` (default 1), `VLLM_KV_COMPRESSION_RATIO` (0.5),
         `VLLM_KV_COMPRESSION_LEVELS` (3), `KVCOMPRESS_PAGE_SIZE`, `KVCOMPRESS_WINDOW_TOKENS`,
         `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS`,
         `KVCOMPRESS_HOST_BYTES`, `KVCOMPRESS_PREFIX_CACHE_BYTES`, `KVCOMPRESS_PROFILE`,
-        `KVCOMPRESS_LEARNED_IMPORTANCE` and `KVCOMPRESS_TELEMETRY_SHARE`.
+        `KVCOMPRESS_LEARNED_IMPORTANCE`, `KVCOMPRESS_TELEMETRY_SHARE` and `KVCOMPRESS_FORCE`.
 
         Args:
           environ: variables to read.
@@ -163,7 +171,8 @@ class CompressionConfig:
         Raises:
           ConfigError: names the variable, what was expected and what it holds.
         """
-        known = {variable for variable, _, _ in _VARIABLES} | {"KVCOMPRESS_RECIPE"}
+        known = {variable for variable, _, _ in _VARIABLES}
+        known |= {"KVCOMPRESS_RECIPE", "KVCOMPRESS_CONFIG"}
         for variable in environ:
             if variable.startswith("KVCOMPRESS_") and variable not in known:
                 raise ConfigError(
@@ -175,6 +184,13 @@ class CompressionConfig:
                 f"KVCOMPRESS_RECIPE: expected one of {', '.join(RECIPES)}, got {name!r}"
             )
         config = RECIPES[name]
+        if "KVCOMPRESS_CONFIG" in environ:
+            if "KVCOMPRESS_RECIPE" in environ:
+                raise ConfigError("KVCOMPRESS_CONFIG: expected no KVCOMPRESS_RECIPE beside it")
+            try:
+                config = cls.from_toml(environ["KVCOMPRESS_CONFIG"])
+            except ConfigError as e:
+                raise ConfigError(f"KVCOMPRESS_CONFIG: {e}") from None
         for variable, field, parse in _VARIABLES:
             if variable not in environ:
                 continue
@@ -187,7 +203,8 @@ class CompressionConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "CompressionConfig":
-        """Reads fields from a TOML file; `recipe = "name"` names what to start from.
+        """Reads fields from a TOML file; `recipe = "name"` names what to start from. Files that it
+        names are relative to its folder.
 
         Raises:
           ConfigError: the file cannot be read, is not TOML, or a field is unknown or wrong.
@@ -198,8 +215,12 @@ class CompressionConfig:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
             raise ConfigError(f"{path}: expected a TOML file, got: {e}") from None
         config = cls.recipe(str(values.pop("recipe", "balanced")))
-        if "weights" in values:
-            config = dataclasses.replace(config, weights=_weights(path, values.pop("weights")))
+        tables = {
+            name: _table(path, name, kind, values.pop(name))
+            for name, kind in _TABLES.items()
+            if name in values
+        }
+        config = dataclasses.replace(config, **tables)
         fields = [f.name for f in dataclasses.fields(cls)]
         changes: dict[str, Any] = {}
         for name, value in values.items():
@@ -211,6 +232,8 @@ class CompressionConfig:
             got = type(changes[name])
             if got is not expected and not (expected is float and got is int):
                 raise ConfigError(f"{path}: {name}: expected {expected.__name__}, got {value!r}")
+            if name in FILES:
+                changes[name] = str(Path(path).parent / changes[name])
         try:
             return dataclasses.replace(config, **changes)
         except ValueError as e:
@@ -226,7 +249,8 @@ class CompressionConfig:
         """Whether attention mass is observed. It orders the tokens of pages that are refined in
         part, and says which pages to demote and promote; where neither can happen it is not worth
         its time and memory."""
-        partly = self.levels == 3 and self.seal_level == 1
+        floors = bool(self.floor_layers) and self.ratio < 1
+        partly = self.levels == 3 and (self.seal_level == 1 or floors)
         return self.compresses and (partly or self.profile is not None)
 
     @property
@@ -294,14 +318,21 @@ def _with_field(config: CompressionConfig, field: str, value: object) -> Compres
     return dataclasses.replace(config, **changes)
 
 
-def _weights(path: str | Path, values: object) -> ImportanceWeights:
-    names = [f.name for f in dataclasses.fields(ImportanceWeights)]
+def _table(path: str | Path, name: str, kind: Any, values: object) -> Any:
+    fields = dataclasses.fields(kind)
+    names = [f.name for f in fields]
     if not isinstance(values, dict) or not set(values) <= set(names):
-        raise ConfigError(f"{path}: weights: expected a table with {names}, got {values!r}")
+        raise ConfigError(f"{path}: {name}: expected a table with {names}, got {values!r}")
+    for field in fields:
+        got = values.get(field.name)
+        text = str(field.type) == "str"
+        if got is not None and (isinstance(got, bool) or isinstance(got, str) is not text):
+            expected = "a text" if text else "a number"
+            raise ConfigError(f"{path}: {name}: {field.name}: expected {expected}, got {got!r}")
     try:
-        return ImportanceWeights(**values)
+        return kind(**values)
     except (TypeError, ValueError) as e:
-        raise ConfigError(f"{path}: weights: {e}") from None
+        raise ConfigError(f"{path}: {name}: {str(e).removeprefix(f'{name}: ')}") from None
 
 
 def _flag(text: str) -> bool:
@@ -339,8 +370,11 @@ _VARIABLES = (
     ("KVCOMPRESS_PROFILE", "profile", str),
     ("KVCOMPRESS_LEARNED_IMPORTANCE", "learned_importance", str),
     ("KVCOMPRESS_TELEMETRY_SHARE", "telemetry_share", _number),
+    ("KVCOMPRESS_FORCE", "force", _flag),
 )
 
+FILES = ("profile", "learned_importance")  # fields that name a file
+_TABLES = {"weights": ImportanceWeights, "bound": QualityBound, "measured": Measured}
 # Of fields whose default is None.
 _TYPES = {
     "demote_after_tokens": int,

@@ -19,27 +19,45 @@ from kvcompress_jax.models.load import Model
 from kvcompress_jax.models.rope import layer_frequencies
 
 
-def calibrate(
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What calibration knows of a model, for codes of any rate.
+
+    Attributes:
+      layers: of each layer, all samples together.
+      sample: tokens of the last sample.
+      seen: what the attention got for it.
+      tokens: of all samples.
+      page_size, sink_tokens: of the cache.
+    """
+
+    layers: list[LayerStatistics]
+    sample: Sequence[int]
+    seen: AttentionInputs
+    tokens: int
+    page_size: int
+    sink_tokens: int
+
+
+def gather(
     model: Model,
     samples: Sequence[Sequence[int]],
     *,
-    bits: float,
     page_size: int = 64,
     sink_tokens: int = 4,
     progress: Callable[[str, float], None] = lambda stage, done: None,
-) -> Profile:
-    """Fits a code to a model.
+) -> Statistics:
+    """Reads samples with a model.
 
     Args:
       model: to calibrate.
       samples: tokens of texts, each at least twice as long as a page; a few thousand together.
-      bits: stored bits per key or value of sealed pages, every overhead counted; not exceeded.
       page_size: of the cache, for the overheads.
       sink_tokens: first tokens, which are kept exactly and not calibrated for.
       progress: is told the stage and the share of it that is done.
 
     Raises:
-      ProfileError: no code of so few bits, or a sample that is too short.
+      ProfileError: a sample that is too short.
     """
     config = model.config
     for tokens in samples:
@@ -47,14 +65,6 @@ def calibrate(
             raise ProfileError(
                 f"text: expected samples of at least {2 * page_size} tokens, got {len(tokens)}"
             )
-    options = candidates(config, bits=bits, page_size=page_size, sink_tokens=sink_tokens)
-    if not options:
-        raise ProfileError(f"bits: expected more for this model, got {bits:g}")
-    about = {
-        "model": model.name,
-        "bits": f"{bits:g}",
-        "tokens": str(sum(len(tokens) for tokens in samples)),
-    }
     frequencies = layer_frequencies(config)
     found: list[list[LayerStatistics]] = [[] for _ in range(config.num_layers)]
     for i, tokens in enumerate(samples):
@@ -65,8 +75,44 @@ def calibrate(
                 seen, jnp.int32(layer), frequencies[layer], config, sink_tokens
             )
             found[layer].append(jax.device_get(statistics))
-    layers = [_join(parts) for parts in found]
-    return _best(model, samples[-1], seen, layers, options, about, page_size, sink_tokens, progress)
+    return Statistics(
+        layers=[_join(parts) for parts in found],
+        sample=samples[-1],
+        seen=seen,
+        tokens=sum(len(tokens) for tokens in samples),
+        page_size=page_size,
+        sink_tokens=sink_tokens,
+    )
+
+
+def calibrate(
+    model: Model,
+    statistics: Statistics,
+    *,
+    bits: float,
+    progress: Callable[[str, float], None] = lambda stage, done: None,
+) -> Profile:
+    """Fits a code to a model.
+
+    Args:
+      model: to calibrate.
+      statistics: of it (`gather`).
+      bits: stored bits per key or value of sealed pages, every overhead counted; not exceeded.
+      progress: is told the stage and the share of it that is done.
+
+    Raises:
+      ProfileError: no code of so few bits.
+    """
+    options = candidates(
+        model.config,
+        bits=bits,
+        page_size=statistics.page_size,
+        sink_tokens=statistics.sink_tokens,
+    )
+    if not options:
+        raise ProfileError(f"bits: expected more for this model, got {bits:g}")
+    about = {"model": model.name, "bits": f"{bits:g}", "tokens": str(statistics.tokens)}
+    return _best(model, statistics, options, about, progress)
 
 
 def _fit(
@@ -100,13 +146,9 @@ def _fit(
 
 def _best(
     model: Model,
-    sample: Sequence[int],
-    seen: AttentionInputs,
-    layers: list[LayerStatistics],
+    statistics: Statistics,
     options: list[RowLayout],
     about: dict[str, str],
-    page_size: int,
-    sink_tokens: int,
     progress: Callable[[str, float], None],
 ) -> Profile:
     """The option that changes the predictions least: uphill from an even share for both."""
@@ -116,16 +158,16 @@ def _best(
         if not 0 <= i < len(options):
             return np.inf
         if i not in tried:
-            profile = _fit(model, layers, options[i], progress, about)
+            profile = _fit(model, statistics.layers, options[i], progress, about)
             found = trial(
                 model.params,
-                jnp.asarray(sample, jnp.int32),
-                seen,
+                jnp.asarray(statistics.sample, jnp.int32),
+                statistics.seen,
                 profile.code(layer_frequencies(model.config)),
                 rows=profile.rows,
                 config=model.config,
-                page_size=page_size,
-                sink_tokens=sink_tokens,
+                page_size=statistics.page_size,
+                sink_tokens=statistics.sink_tokens,
             )
             tried[i] = float(found), profile
         return tried[i][0]

@@ -1,11 +1,14 @@
 """From statistics to a code: basis, steps and bits of one layer's keys.
 
-Plain NumPy in float64: it runs once per model, and eigenvectors deserve the precision.
+NumPy in float64, as it runs once per model and eigenvectors deserve the precision; only the search
+for steps is compiled.
 """
 
 import dataclasses
 import heapq
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvcompress_jax.calibrated.code import PER_OCTAVE
@@ -80,7 +83,10 @@ def fit_keys(keys: np.ndarray, metric: np.ndarray, *, bits: int) -> KeyFit:
     coded = np.ones(z.shape[1], bool)
     for _ in range(PASSES):
         token = _token_scale(z[:, coded], scale[coded])
-        distortion, steps = _distortions(z / token, token**2)
+        found = _distortions(
+            jnp.asarray(z / token, jnp.float32), jnp.asarray(token[:, 0] ** 2, jnp.float32)
+        )
+        distortion, steps = (np.asarray(x, np.float64) for x in found)
         widths = allocate(distortion, bits)
         coded = widths > 0
     at = np.searchsorted(WIDTHS, widths)
@@ -109,25 +115,34 @@ def quantize(z: np.ndarray, step: np.ndarray, width: int) -> np.ndarray:
     return (code - top / 2) * step
 
 
-def _distortions(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """f64[widths, components]: mean squared error at the best step, and that step.
+@jax.jit
+def _distortions(z: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """f32[widths, components]: mean squared error at the best step, and that step.
+
+    Thousands of passes over all tokens, so in float32 and compiled: which step is best does not
+    need more.
 
     Args:
-      z: [tokens, components], of tokens scaled to 1.
-      weight: [tokens, 1], the square of what they were scaled by.
+      z: f32[tokens, components], of tokens scaled to 1.
+      weight: f32[tokens], the square of what they were scaled by.
     """
-    spread = np.maximum(np.sqrt((z**2).mean(axis=0)), np.finfo(np.float32).tiny)
-    distortion = np.full((len(WIDTHS), z.shape[1]), np.inf)
-    steps = np.zeros_like(distortion)
-    distortion[0] = (weight * z**2).mean(axis=0)
-    for i, width in enumerate(WIDTHS[1:], start=1):
-        for factor in WIDE_FACTORS if width >= 6 else FACTORS:
-            step = spread * NORMAL_STEP[width] * factor
-            error = (weight * (z - quantize(z, step, width)) ** 2).mean(axis=0)
-            better = error < distortion[i]
-            distortion[i] = np.where(better, error, distortion[i])
-            steps[i] = np.where(better, step, steps[i])
-    return distortion, steps
+    tokens = z.shape[0]
+    spread = jnp.maximum(jnp.sqrt(jnp.mean(z**2, axis=0)), np.finfo(np.float32).tiny)
+    distortion, steps = [weight @ z**2 / tokens], [jnp.zeros_like(spread)]
+    for width in WIDTHS[1:]:
+        factors = WIDE_FACTORS if width >= 6 else FACTORS
+
+        def error(step: jax.Array, width: int = width) -> jax.Array:
+            top = 2**width - 1
+            code = jnp.clip(jnp.floor(z / step[None] + (top + 1) / 2), 0, top)
+            return weight @ (z - (code - top / 2) * step[None]) ** 2 / tokens
+
+        tried = spread[None] * jnp.asarray(NORMAL_STEP[width] * factors, jnp.float32)[:, None]
+        errors = jax.lax.map(error, tried)
+        best = jnp.argmin(errors, axis=0)[None]
+        distortion.append(jnp.take_along_axis(errors, best, axis=0)[0])
+        steps.append(jnp.take_along_axis(tried, best, axis=0)[0])
+    return jnp.stack(distortion), jnp.stack(steps)
 
 
 def allocate(distortion: np.ndarray, bits: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.lab.divergence import divergence
+from kvcompress_jax.lab.divergence import Divergence, divergence
 from kvcompress_jax.lab.methods.base import (
     UNCOMPRESSED,
     Compressed,
@@ -131,9 +131,7 @@ class Bench:
     def measure(self, method: Method) -> Fidelity:
         """All measures of one method."""
         compressed = compress(method, self.context)
-        found = divergence(
-            self.reference[:-1], self._continue(compressed)[:-1], self.continuation[1:]
-        )
+        found = self.divergence(compressed)
         recalled: tuple[bool, ...] = ()
         if self.recall is not None:
             recalled = self.recall.measure(compress(method, self.recall.context))
@@ -145,6 +143,12 @@ class Bench:
             top1_agreement=float(found.agree.mean()),
             retrieval=float(np.mean(recalled)) if recalled else math.nan,
             recalled=recalled,
+        )
+
+    def divergence(self, compressed: Compressed) -> Divergence:
+        """Of the continuation's predictions from the uncompressed model's."""
+        return divergence(
+            self.reference[:-1], self._continue(compressed)[:-1], self.continuation[1:]
         )
 
     def _continue(self, compressed: Compressed) -> jax.Array:

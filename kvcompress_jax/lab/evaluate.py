@@ -9,7 +9,7 @@ import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.lab.cache_error import attention_output_error, cosines
-from kvcompress_jax.lab.divergence import divergence
+from kvcompress_jax.lab.divergence import Divergence, divergence
 from kvcompress_jax.lab.retrieval import plant_facts, retrieval_accuracy
 from kvcompress_jax.lab.texts import TextError, check_positions, take_tokens
 from kvcompress_jax.lab.timing import time_pages
@@ -126,8 +126,7 @@ class Evaluator:
         similar = cosines(self.reference, runner, (self.sequence, sequence)) or (1.0, 1.0)
         error = self._attention_error(runner, sequence)
         self.progress("continuation")
-        logits = self._continue(runner, sequence)
-        found = divergence(self.logits[:-1], logits[:-1], np.array(self.continuation[1:], np.int32))
+        found = self._divergence(runner, sequence)
         self.progress("retrieval")
         recalled = self._recall(config)
         self.progress("timing")
@@ -152,6 +151,19 @@ class Evaluator:
             compress_ms_per_1k_tokens=times.compress_ms_per_1k_tokens if times else 0.0,
             decompress_ms_per_1k_tokens=times.decompress_ms_per_1k_tokens if times else 0.0,
         )
+
+    def fidelity(self, config: CompressionConfig) -> tuple[Divergence, float]:
+        """Of the continuation's predictions alone, and the bits per value of the whole cache."""
+        self.progress("context")
+        runner, sequence = self._read(config, self.context)
+        bits = runner.manager.get_compression_stats()["cache_bits"]
+        self.progress("continuation")
+        return self._divergence(runner, sequence), math.nan if bits is None else bits
+
+    def _divergence(self, runner: Runner, sequence: int) -> Divergence:
+        logits = self._continue(runner, sequence)
+        targets = np.array(self.continuation[1:], np.int32)
+        return divergence(self.logits[:-1], logits[:-1], targets)
 
     def _read(self, config: CompressionConfig, tokens: list[int]) -> tuple[Runner, int]:
         """A runner that holds `tokens` in a sequence, compressed as the configuration says, with

@@ -1,5 +1,6 @@
 """A continuation on a compressed context: one compiled program for every method."""
 
+import dataclasses
 import functools
 
 import jax
@@ -54,7 +55,6 @@ def capture(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_dtype"))
 def replay(
     params: DecoderParams,
     compressed: Compressed,
@@ -78,6 +78,20 @@ def replay(
     Returns:
       f32[rows, n, vocab_size].
     """
+    # How much was stored does not matter here, and would be compiled in.
+    found = dataclasses.replace(compressed, stored_bits=0)
+    return _replay(params, found, tokens, config=config, kv_dtype=kv_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kv_dtype"))
+def _replay(
+    params: DecoderParams,
+    compressed: Compressed,
+    tokens: jax.Array,
+    *,
+    config: DecoderConfig,
+    kv_dtype: str,
+) -> jax.Array:
     rows, n = tokens.shape
     context = compressed.keys.shape[1]
     kv_heads, dim = config.num_kv_heads, config.head_dim

@@ -82,6 +82,27 @@ def load_model(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> Model:
     )
 
 
+def model_fingerprint(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> str:
+    """The fingerprint that `load_model` would give, without loading any weights: for servers that
+    load models themselves and want to know whether a profile or a measurement is of theirs.
+
+    Args:
+      source: as in `load_model`.
+      dtype: that calibration and measurement loaded it with.
+
+    Raises:
+      ModelError: there is no such model, it is damaged, or it is not supported.
+    """
+    path = _smollm2() if str(source) == "smollm2" else Path(source)
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or directory")
+    try:
+        checkpoint = SafetensorsDirectory(path) if path.is_dir() else GgufFile(path)
+        return _fingerprint(checkpoint.config, dtype, checkpoint.files)
+    except OSError as e:
+        raise ModelError(f"{path}: not readable ({e.strerror or e})") from e
+
+
 def _smollm2() -> Path:
     """The file in the package, without importing the package and what it depends on."""
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)

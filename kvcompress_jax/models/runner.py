@@ -33,6 +33,7 @@ from kvcompress_jax.paged import (
 )
 from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.measure import measure
+from kvcompress_jax.quality import admit
 
 if TYPE_CHECKING:
     from kvcompress_jax.calibrated.profile import Profile
@@ -172,7 +173,12 @@ class Runner:
           chunk_tokens: most tokens of a prompt in a step.
           profile: what `config.profile` names (`read_profile`).
           tenant_shares: part of every pool that is a tenant's own, see `KVCacheManager`.
+
+        Raises:
+          QualityError: the configuration has a bound that this model does not keep with it, or
+            was never seen to keep.
         """
+        admit(config, model.fingerprint)
         self.model = model
         self.config = config
         self.chunk_tokens = chunk_tokens

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvcompress_jax.calibrated.calibrate import calibrate
+from kvcompress_jax.calibrated.calibrate import calibrate, gather
 from kvcompress_jax.calibrated.profile import ProfileError, load_profile, save_profile
 from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.manager import KVCacheManager
@@ -26,7 +26,7 @@ CONFIG = CompressionConfig(page_size=16, window_tokens=16, sink_tokens=2, profil
 def calibrated(request, tmp_path_factory):
     model = tiny_model(CONFIGS[request.param])
     samples = [random_tokens(model.config, 128, seed=s) for s in (1, 2)]
-    profile = calibrate(model, samples, bits=5.0, page_size=16, sink_tokens=2)
+    profile = calibrate(model, gather(model, samples, page_size=16, sink_tokens=2), bits=5.0)
     path = tmp_path_factory.mktemp("profile") / "profile.safetensors"
     save_profile(path, profile)
     return model, str(path)
@@ -77,9 +77,11 @@ def test_profile_of_another_model_or_none(calibrated, tmp_path):
     with pytest.raises(ProfileError, match="mean: expected finite"):
         load_profile(path, narrow, "tiny")
     with pytest.raises(ProfileError, match=r"bits: expected more for this model, got 1"):
-        calibrate(model, [random_tokens(model.config, 64, seed=0)], bits=1, page_size=16)
+        calibrate(
+            model, gather(model, [random_tokens(model.config, 64, seed=0)], page_size=16), bits=1
+        )
     with pytest.raises(ProfileError, match="samples of at least 32 tokens, got 20"):
-        calibrate(model, [random_tokens(model.config, 20, seed=0)], bits=5, page_size=16)
+        gather(model, [random_tokens(model.config, 20, seed=0)], page_size=16)
     with pytest.raises(ProfileError, match="not writable"):
         save_profile(tmp_path / "no" / "such" / "folder", load_profile(path, model.config, "tiny"))
     with pytest.raises(ConfigError, match="floor_layers: expected none with a profile"):

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from kvcompress_jax.calibrated.calibrate import calibrate
+from kvcompress_jax.calibrated.calibrate import calibrate, gather
 from kvcompress_jax.calibrated.profile import save_profile
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.lab.evaluate import Evaluator
@@ -62,7 +62,7 @@ def test_a_calibrated_code_keeps_its_bounds(tmp_path):
     smollm2_file()
     model = load_model("smollm2")
     samples = take_samples(model, [load_text()], count=2, tokens=768)
-    profile = calibrate(model, samples, bits=3.5)
+    profile = calibrate(model, gather(model, samples), bits=3.5)
     source = inspect.getsource(asyncio.base_events)
     evaluator = Evaluator(model, source, continuation_tokens=192, facts=0)
 

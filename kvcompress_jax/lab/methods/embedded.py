@@ -5,13 +5,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvcompress_jax.codec import reconstruct, refine, unpack
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.importance.policies.base import LayerTokens, attention_mass, queries_that_see
 from kvcompress_jax.lab.methods.base import Compressed, Context
 from kvcompress_jax.paged.layout import INDEX_BYTES
-from kvcompress_jax.paged.page_code import PageCode, encode_page
+from kvcompress_jax.paged.page_code import PageCode, PageFit, code_page, fit_page
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,94 +30,131 @@ class Embedded:
     random_selection: int | None = None
 
     def __call__(self, context: Context, /) -> Compressed:
+        layers = context.k.shape[0]
+        refined = [i % layers for i in self.config.floor_layers]
+        if self.config.seal_level == 1:
+            refined = list(range(layers))
+        rows = np.array([self.config.fine_rows if i in refined else 0 for i in range(layers)])
+        return self.planes(context).refined(context, rows)
+
+    def planes(self, context: Context) -> "Planes":
+        """Both planes of every token, whatever the configuration's level and ratio."""
         page = self.config.page_size
-        layers, _, heads, _ = context.k.shape
+        heads = context.k.shape[2]
         # Unfinished pages, and pages that reach into the window, stay raw.
         pages = (context.tokens - context.window) // page if self.config.compresses else 0
         sealed = pages * page
         exact = jnp.arange(sealed, dtype=jnp.int32) < context.sinks
-        refined = [i % layers for i in self.config.floor_layers]
-        if self.config.seal_level == 1:
-            refined = list(range(layers))
-        rows = jnp.asarray([self.config.fine_rows if i in refined else 0 for i in range(layers)])
 
-        # The tokens are in order of importance only where the fine plane covers some of them, as in
-        # the cache; a random choice needs the fine plane of all.
-        fine_rows = self.config.fine_rows if self.random_selection is None else page
-        encoder = functools.partial(encode_page, rule=self.config.importance, fine_rows=fine_rows)
+        def by_page(x: jax.Array) -> jax.Array:
+            return x[:sealed].reshape(pages, page, heads, -1).swapaxes(1, 2)
 
-        def one_layer(inputs: tuple[LayerTokens, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            layer, rows = inputs
+        def fit(layer: LayerTokens) -> PageFit:
             if self.config.tracks_attention:
                 mass, seen = attention_mass(layer)[:sealed], queries_that_see(layer)[:sealed, 0]
             else:
                 mass, seen = jnp.zeros((sealed, heads)), jnp.zeros((sealed,))
-            keys, values, mass = (
-                x[:sealed].reshape(pages, page, heads, -1).swapaxes(1, 2)
-                for x in (layer.k, layer.v, mass)
+            fit = functools.partial(
+                fit_page, rule=self.config.importance, fine_rows=page - 1
+            )  # for some rows, so that tokens are ordered
+            return jax.vmap(fit)(
+                by_page(layer.k),
+                by_page(layer.v),
+                by_page(mass)[..., 0],
+                seen.reshape(pages, page),
+                exact.reshape(pages, page),
             )
-            code = jax.vmap(encoder)(
-                keys, values, mass[..., 0], seen.reshape(pages, page), exact.reshape(pages, page)
+
+        def code(inputs: tuple[LayerTokens, PageFit]) -> tuple[jax.Array, ...]:
+            layer, fit = inputs
+            coded = jax.vmap(functools.partial(code_page, fine_rows=page))(
+                by_page(layer.k), by_page(layer.v), fit
             )
-            return self._decode(code, rows, layer.index)
+            return self._decode(coded, layer.index)
 
-        if pages:
-            keys, values = jax.lax.map(one_layer, (context.per_layer(), rows))
-        else:
-            keys = values = context.k[:, :0]
-        raw = context.k[:, sealed:], context.v[:, sealed:]
-        first = jnp.arange(context.tokens, dtype=jnp.int32) < context.sinks
-        keys, values = (
-            jnp.where(first[None, :, None, None], whole, jnp.concatenate([coded, rest], axis=1))
-            for whole, coded, rest in zip((context.k, context.v), (keys, values), raw, strict=True)
-        )
-        return Compressed(
-            keys=keys,
-            values=values,
-            keep=None,
-            stored_bits=self._stored_bits(context, pages, len(set(refined))),
-        )
+        if not pages:
+            nothing = context.k[:, :0]
+            empty = (nothing, nothing)
+            return Planes(self, empty, empty, jnp.zeros(nothing.shape[:3], jnp.int32))
+        layers = context.per_layer()
+        # Two loops: fused, what a token is worth is computed again for every comparison, not always
+        # to the same bits, and the order is no permutation.
+        fits = jax.lax.map(fit, layers)
+        *vectors, rank = jax.lax.map(code, (layers, fits))
+        return Planes(self, (vectors[0], vectors[1]), (vectors[2], vectors[3]), rank)
 
-    def _decode(
-        self, code: PageCode, rows: jax.Array, layer: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [pages * page_size, heads, dim] in token order."""
+    def _decode(self, code: PageCode, layer: jax.Array) -> tuple[jax.Array, ...]:
+        """In token order: keys and values [pages * page_size, heads, dim] from the base plane, the
+        same from both planes, and [pages * page_size, heads] how many tokens of the page are
+        refined before this one."""
         pages, heads, page = code.order.shape
         slot_of_token = jnp.argsort(code.order.astype(jnp.int32), axis=-1)
-        fine = refine(unpack(code.fine))  # [pages, 2, heads, fine_rows, dim]
-        if self.random_selection is None:
-            slots = jnp.arange(fine.shape[-2], dtype=jnp.int32) < rows
-        else:
+        rank = slot_of_token
+        if self.random_selection is not None:
             key = jax.random.fold_in(jax.random.key(self.random_selection), layer)
             draw = jax.random.uniform(key, (pages, heads, page))
-            slots = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1) < rows
-        slots = jnp.broadcast_to(slots, (pages, heads, fine.shape[-2]))[:, None, :, :, None]
-        refined, coarse = jnp.split(
-            unpack(code.base).astype(jnp.float32), [fine.shape[-2]], axis=-2
-        )
-        position = jnp.concatenate([refined + jnp.where(slots, fine, 0.0), coarse], axis=-2)
-        decoded = (
-            reconstruct(position[:, 0], code.key_scale, axis=-2),
-            reconstruct(position[:, 1], code.value_scale, axis=-1),
-        )
-        keys, values = (
-            jnp.take_along_axis(x, slot_of_token[..., None], axis=-2)
-            .swapaxes(1, 2)
-            .reshape(pages * page, heads, -1)
-            for x in decoded
-        )
-        return keys, values
+            rank = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1)
+        position = unpack(code.base).astype(jnp.float32)
 
-    def _stored_bits(self, context: Context, pages: int, refined_layers: int) -> int:
+        def by_token(x: jax.Array) -> jax.Array:
+            x = jnp.take_along_axis(x, slot_of_token[..., None], axis=-2)
+            return x.swapaxes(1, 2).reshape(pages * page, heads, -1)
+
+        vectors = []
+        for at in (position, position + refine(unpack(code.fine))):
+            vectors.append(by_token(reconstruct(at[:, 0], code.key_scale, axis=-2)))
+            vectors.append(by_token(reconstruct(at[:, 1], code.value_scale, axis=-1)))
+        return *vectors, rank.swapaxes(1, 2).reshape(pages * page, heads)
+
+    def stored_bits(self, context: Context, rows: np.ndarray) -> int:
+        """Of the context, when `rows` [layers] tokens of every page are refined in each layer."""
         layers, tokens, heads, dim = context.k.shape
         layout = self.config.layout(
             layers=layers, kv_heads=heads, head_dim=dim, dtype=context.kv_dtype
         )
         layout = dataclasses.replace(layout, sink_tokens=context.sinks)
         page = self.config.page_size
+        pages = (tokens - context.window) // page if self.config.compresses else 0
+        chunks = [dataclasses.replace(layout, fine_rows=int(n)).fine_chunk_bytes for n in rows]
         stored = -(-tokens // page) * 2 * INDEX_BYTES  # the sequence's table
-        stored += pages * layout.sealed_page_bytes + (layout.sink_slot_bytes if pages else 0)
-        if self.config.compresses:
-            stored += pages * refined_layers * layout.fine_chunk_bytes
+        stored += pages * (layout.sealed_page_bytes + sum(chunks))
+        stored += layout.sink_slot_bytes if pages else 0
         stored += (tokens - pages * page) * layout.raw_page_bytes // page
         return 8 * stored
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Planes:
+    """The sealed tokens of a context, coarse and fine, so that any mixture is a selection.
+
+    `rank` says how many tokens of the same page and head are refined before a token.
+    """
+
+    method: Embedded = dataclasses.field(metadata={"static": True})
+    coarse: tuple[jax.Array, jax.Array]  # f32[layers, sealed, heads, dim], keys and values
+    fine: tuple[jax.Array, jax.Array]  # like coarse
+    rank: jax.Array  # i32[layers, sealed, heads]
+
+    def refined(self, context: Context, rows: np.ndarray) -> Compressed:
+        """The context with the first tokens of every page refined.
+
+        Args:
+          context: that the planes are of.
+          rows: int[layers], tokens of a page and head that have both planes.
+        """
+        sealed = self.rank.shape[1]
+        chosen = self.rank < jnp.asarray(rows, jnp.int32)[:, None, None]
+        first = jnp.arange(context.tokens, dtype=jnp.int32) < context.sinks
+
+        def mixed(whole: jax.Array, coarse: jax.Array, fine: jax.Array) -> jax.Array:
+            coded = jnp.where(chosen[..., None], fine, coarse)
+            coded = jnp.concatenate([coded, whole[:, sealed:]], axis=1)
+            return jnp.where(first[None, :, None, None], whole, coded)
+
+        return Compressed(
+            keys=mixed(context.k, self.coarse[0], self.fine[0]),
+            values=mixed(context.v, self.coarse[1], self.fine[1]),
+            keep=None,
+            stored_bits=self.method.stored_bits(context, rows),
+        )

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvcompress_jax.calibrated.calibrate import calibrate
+from kvcompress_jax.calibrated.calibrate import calibrate, gather
 from kvcompress_jax.calibrated.profile import ProfileError, read_origin, save_profile
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.lab.bench import compress
@@ -22,7 +22,7 @@ def test_bench_and_cache_agree(tmp_path):
     model = tiny_model(CONFIGS["llama"])
     tokens = random_tokens(model.config, 200, seed=3)
     path = str(tmp_path / "profile.safetensors")
-    save_profile(path, calibrate(model, [tokens], bits=5.0, page_size=16))
+    save_profile(path, calibrate(model, gather(model, [tokens], page_size=16), bits=5.0))
     context = capture(model, tokens, sinks=4, window=0, kv_dtype="float32")
     method = Calibrated(profile=path, fingerprint=model.fingerprint, page_size=16)
     found = compress(method, context)
