@@ -37,7 +37,7 @@ class Device(Protocol):
         """bool[sealed_pages]: which hold a code. Waits."""
 
     def fine_planes(self, cache: PagedCache, chunks: np.ndarray) -> jax.Array | np.ndarray:
-        """u8[chunks, 2, heads, fine_rows, dim/2], copied out of the pool. Does not wait."""
+        """u8[chunks, 2, heads, fine_rows * dim/2], copied out of the pool. Does not wait."""
 
     def export(self, cache: PagedCache, ids: PageIds) -> tuple[RawImage, SealedImage]:
         """Copies pages out of the pools. Does not wait."""

@@ -62,7 +62,7 @@ class Draft:
         )
 
     def _uploads(self, layout: CacheLayout) -> FineUpload:
-        shape = (2, layout.kv_heads, layout.fine_rows, layout.head_dim // 2)
+        shape = (2, layout.kv_heads, layout.fine_rows * layout.head_dim // 2)
         size = UPLOADS * layout.layers
         chunk, fine, n = np.zeros(size, np.int32), np.zeros((size, *shape), np.uint8), 0
         for chunks, planes in self.uploads:

@@ -76,8 +76,8 @@ class HostTier:
         return uid in self._below and self._disk is not None and _key(uid) in self._disk
 
     def put(self, uid: int, planes: jax.Array | np.ndarray, tenant: str = "") -> None:
-        """Keeps u8[layers, 2, heads, fine_rows, dim/2]. The copy of a device array to the host only
-        begins here; `settle` ends it.
+        """Keeps u8[layers, 2, heads, fine_rows * dim/2]. The copy of a device array to the host
+        only begins here; `settle` ends it.
         When there is no room, the tenant's oldest planes go; planes that are over budget alone are
         not kept. `dropped` counts both, less what the disk took.
         """

@@ -82,7 +82,7 @@ def init_cache(
     layers, heads, dim = layout.layers, layout.kv_heads, layout.head_dim
     page, pages = layout.page_size, sizes.sealed_pages
     counted = sizes.raw_pages if layout.statistics else 0
-    base_shape: tuple[int, ...] = (layers, pages, 2, heads, page, dim // 2)
+    base_shape: tuple[int, ...] = (layers, pages, 2, heads, page * dim // 2)
     refined_shape: tuple[int, ...] = (layers, 0, heads, 0, 2, 0)
     coded, placed = pages, 0  # pages with scales and order, and pages that know their position
     if layout.rows is not None:
@@ -102,7 +102,7 @@ def init_cache(
         key_scale=scale(layers, coded, heads, dim),
         value_scale=scale(layers, coded, heads, page),
         order=jnp.zeros((layers, coded, heads, page), jnp.uint8),
-        fine=jnp.zeros((sizes.fine_chunks, 2, heads, layout.fine_rows, dim // 2), jnp.uint8),
+        fine=jnp.zeros((sizes.fine_chunks, 2, heads, layout.fine_rows * dim // 2), jnp.uint8),
         fine_of=jnp.full((layers, pages), -1, jnp.int32),
         refined=jnp.zeros(refined_shape, jnp.uint8),
         first=jnp.zeros((placed,), jnp.int32),

@@ -5,11 +5,11 @@ Pools of one cache (layers share page ids):
     raw     [layers, raw_pages, 2, heads, page_size, dim]         dtype   level 0
     mass    [layers, raw_pages, heads, page_size]                 f32     attention received
     seen    [layers, raw_pages, page_size]                        f32     queries that could see it
-    base    [layers, sealed_pages, 2, heads, page_size, dim/2]    u8      levels 1 and 2
+    base    [layers, sealed_pages, 2, heads, page_size * dim/2]   u8      levels 1 and 2
     scales  keys   step, zero [layers, sealed_pages, heads, dim]          bf16, f16
             values step, zero [layers, sealed_pages, heads, page_size]    bf16, f16
     order   [layers, sealed_pages, heads, page_size]              u8      token of each slot
-    fine    [fine_chunks, 2, heads, fine_rows, dim/2]             u8      level 1
+    fine    [fine_chunks, 2, heads, fine_rows * dim/2]            u8      level 1
     fine_of [layers, sealed_pages]                                i32     chunk id or -1
     sinks   [layers, sink_slots, 2, heads, sink_tokens, dim]      dtype   exact first tokens
     sealed, heat [sealed_pages]                                   bool, f32
@@ -21,7 +21,8 @@ With a calibrated code (level 3) there are no scales, order and fine chunks, and
     refined  [layers, sealed_pages, heads, refined_tokens, 2, refined_bytes]    u8
     first    [sealed_pages]                   i32, position of the page's first token
 
-`mass` and `seen` have no pages in a cache without statistics.
+`mass` and `seen` have no pages in a cache without statistics. How codes lie in the bytes of `base`
+and `fine`, `plane_bytes.py` says.
 
 Index 0 of an axis of 2 is the key, 1 the value. A fine chunk belongs to one layer of one page,
 so that a layer can have a level of its own.

@@ -17,6 +17,7 @@ from kvcompress_jax.importance import (
     token_error,
 )
 from kvcompress_jax.importance.combine import order_tokens
+from kvcompress_jax.paged.plane_bytes import join_planes
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +29,8 @@ class PageCode:
     slots 0 to fine_rows - 1. Where it covers all tokens or none, slot j holds token j.
     """
 
-    base: jax.Array  # u8[..., 2, heads, page_size, dim/2]
-    fine: jax.Array  # u8[..., 2, heads, fine_rows, dim/2]
+    base: jax.Array  # u8[..., 2, heads, page_size * dim/2]
+    fine: jax.Array  # u8[..., 2, heads, fine_rows * dim/2]
     key_scale: Scale  # [..., heads, dim]
     value_scale: Scale  # [..., heads, page_size]
     order: jax.Array  # u8[..., heads, page_size]
@@ -129,22 +130,23 @@ def code_page(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: in
     memory: see `order_tokens`."""
     key_base, key_fine = encode(keys, fit.key_scale, axis=-2)
     value_base, value_fine = encode(values, fit.value_scale, axis=-1)
-    base: tuple[jax.Array, ...] = (pack(key_base), pack(value_base))
-    fine: tuple[jax.Array, ...] = (pack(key_fine), pack(value_fine))
+    base = pack(key_base), pack(value_base)
+    fine = pack(key_fine), pack(value_fine)
     value_scale = fit.value_scale
     if fit.worth is None:  # no token has more bits than another, so that order says nothing
         order = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape[:2])
-        fine = tuple(x[:, :fine_rows] for x in fine)
+        fine = fine[0][:, :fine_rows], fine[1][:, :fine_rows]
     else:
         order = order_tokens(fit.worth.T).T
-        base = tuple(_take(x, order) for x in base)
-        fine = tuple(_take(x, order[:, :fine_rows]) for x in fine)
+        refined = order[:, :fine_rows]
+        base = _take(base[0], order), _take(base[1], order)
+        fine = _take(fine[0], refined), _take(fine[1], refined)
         value_scale = Scale(
             step=_take(value_scale.step, order), zero=_take(value_scale.zero, order)
         )
     return PageCode(
-        base=jnp.stack(base),
-        fine=jnp.stack(fine),
+        base=join_planes(*base),
+        fine=join_planes(*fine),
         key_scale=fit.key_scale,
         value_scale=value_scale,
         order=order.astype(jnp.uint8),

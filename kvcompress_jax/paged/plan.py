@@ -27,7 +27,7 @@ class FineUpload:
     """Fine planes that come back from a colder tier; the first `count` entries are real."""
 
     chunk: HostArray  # i32[n]
-    fine: HostArray  # u8[n, 2, heads, fine_rows, dim/2]
+    fine: HostArray  # u8[n, 2, heads, fine_rows * dim/2]
     count: HostArray  # i32[]
 
 

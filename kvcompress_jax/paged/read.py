@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.calibrated import CalibratedCode, RowLayout, decode_rows
-from kvcompress_jax.codec import Scale, reconstruct, refine, unpack
+from kvcompress_jax.codec import Scale, reconstruct, refine
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.plane_bytes import unpack_planes
 
 
 def decode_pages(
@@ -28,17 +29,14 @@ def decode_pages(
     layout = cache.layout
     if cache.code is not None and layout.rows is not None:
         return _decode_row_pages(cache, cache.code.at(layer), layout.rows, layer, ids, live)
-    codes = unpack(cache.base[layer, ids])  # [..., 2, heads, page_size, dim]
     key_scale = _scale_of(cache.key_scale, layer, ids, live)
     value_scale = _scale_of(cache.value_scale, layer, ids, live)
-    position = codes.astype(jnp.float32)
+    codes = unpack_planes(cache.base[layer, ids], layout.head_dim)
+    keys, values = (x.astype(jnp.float32) for x in codes)
     if layout.fine_rows and cache.fine.shape[0]:
-        fine = _refinement(cache, layer, ids, live)
-        refined, coarse = jnp.split(position, [layout.fine_rows], axis=-2)
-        position = jnp.concatenate([refined + fine, coarse], axis=-2)
-    keys = reconstruct(position[..., 0, :, :, :], key_scale, axis=-2)
-    values = reconstruct(position[..., 1, :, :, :], value_scale, axis=-1)
-    return keys, values
+        key_fine, value_fine = _refinement(cache, layer, ids, live)
+        keys, values = _add_rows(keys, key_fine), _add_rows(values, value_fine)
+    return reconstruct(keys, key_scale, axis=-2), reconstruct(values, value_scale, axis=-1)
 
 
 def read_pages(
@@ -99,9 +97,16 @@ def _scale_of(
 
 def _refinement(
     cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
-) -> jax.Array:
-    """What the fine planes add to the base codes: f32[..., 2, heads, fine_rows, dim]."""
+) -> tuple[jax.Array, jax.Array]:
+    """What the fine planes add to the codes of keys and values: f32[..., heads, fine_rows, dim]."""
     chunk = cache.fine_of[layer, ids]
     has = chunk >= 0 if live is None else live & (chunk >= 0)
-    fine = unpack(cache.fine[jnp.where(has, chunk, 0)])  # [..., 2, heads, fine_rows, dim]
-    return jnp.where(has[..., None, None, None, None], refine(fine), 0.0)
+    fine = unpack_planes(cache.fine[jnp.where(has, chunk, 0)], cache.layout.head_dim)
+    keys, values = (jnp.where(has[..., None, None, None], refine(x), 0.0) for x in fine)
+    return keys, values
+
+
+def _add_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """x[..., n, dim] with [..., m, dim] added to its first m rows."""
+    first, rest = jnp.split(x, [rows.shape[-2]], axis=-2)
+    return jnp.concatenate([first + rows, rest], axis=-2)

@@ -36,14 +36,14 @@ class RawImage:
 class SealedImage:
     """What m sealed pages hold; without a chunk or sink slot `fine` or `sinks` mean nothing."""
 
-    base: jax.Array  # u8[m, layers, 2, heads, page_size, dim/2], or rows
+    base: jax.Array  # u8[m, layers, 2, heads, page_size * dim/2], or rows
     key_scale: Scale  # [m, layers, heads, dim]
     value_scale: Scale  # [m, layers, heads, page_size]
     order: jax.Array  # u8[m, layers, heads, page_size]
     refined: jax.Array  # u8[m, layers, heads, refined_tokens, 2, refined_bytes]
     first: jax.Array  # i32[m]
     heat: jax.Array  # f32[m]
-    fine: jax.Array  # u8[m, layers, 2, heads, fine_rows, dim/2]
+    fine: jax.Array  # u8[m, layers, 2, heads, fine_rows * dim/2]
     sinks: jax.Array  # [m, layers, 2, heads, sink_tokens, dim]
 
 

@@ -12,9 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.codec import Scale, check_finite, reconstruct, refine, unpack
+from kvcompress_jax.codec import Scale, check_finite, reconstruct, refine
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.paged.page_code import encode_page
+from kvcompress_jax.paged.plane_bytes import unpack_planes
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +23,8 @@ from kvcompress_jax.paged.page_code import encode_page
 class CompressedBlock:
     """A block at level 1 or 2. Slot j of head h holds token `order[h, j]`, in every field."""
 
-    base: jax.Array  # u8[2, heads, tokens, dim/2]
-    fine: jax.Array  # u8[2, heads, fine_rows, dim/2]; no rows at level 2
+    base: jax.Array  # u8[2, heads, tokens * dim/2]
+    fine: jax.Array  # u8[2, heads, fine_rows * dim/2]; no rows at level 2
     key_scale: Scale  # [heads, dim]
     value_scale: Scale  # [heads, tokens]
     order: jax.Array  # u8[heads, tokens]
@@ -105,7 +106,8 @@ def decompress_kv_block(compressed: jax.Array | CompressedBlock) -> jax.Array:
     """
     if not isinstance(compressed, CompressedBlock):
         return compressed
-    base, fine = unpack(compressed.base), unpack(compressed.fine)
+    dim = compressed.key_scale.step.shape[-1]
+    base, fine = (jnp.stack(unpack_planes(x, dim)) for x in (compressed.base, compressed.fine))
     position = base.astype(jnp.float32)
     refined, coarse = jnp.split(position, [fine.shape[2]], axis=2)
     position = jnp.concatenate([refined + refine(fine), coarse], axis=2)

@@ -86,12 +86,10 @@ def poison(cache: PagedCache) -> PagedCache:
 def reference_page(cache: PagedCache, layer: int, page: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values of a sealed page in token order, float64[heads, page_size, dim]: straight
     from the documented format."""
-    base = np.asarray(cache.base[layer, page])
-    position = np.concatenate([base & 15, base >> 4], axis=-1).astype(np.float64)
+    position = _codes(cache.base[layer, page], cache.layout.head_dim)
     chunk = int(cache.fine_of[layer, page])
     if chunk >= 0:
-        packed = np.asarray(cache.fine[chunk])
-        fine = np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.float64)
+        fine = _codes(cache.fine[chunk], cache.layout.head_dim)
         position[:, :, : fine.shape[2]] += (fine - 7.5) / 16
     scale = lambda s: (  # noqa: E731
         np.asarray(s.step[layer, page], np.float64),
@@ -111,6 +109,16 @@ def reference_page(cache: PagedCache, layer: int, page: int) -> tuple[np.ndarray
             in_token_order[head, order] = x[head]
         out.append(in_token_order)
     return out[0], out[1]
+
+
+def _codes(plane: jax.Array, dim: int) -> np.ndarray:
+    """The codes in a plane u8[2, heads, rows * dim/2], as float64[2, heads, rows, dim]: keys lie
+    row by row, values channel by channel."""
+    keys, values = np.asarray(plane)
+    keys = keys.reshape(len(keys), -1, dim // 2)
+    values = values.reshape(len(values), dim // 2, -1).transpose(0, 2, 1)
+    packed = np.stack([keys, values])
+    return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.float64)
 
 
 def reference_tokens(

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.codec import reconstruct, refine, unpack
+from kvcompress_jax.codec import reconstruct, refine
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.importance.policies.base import LayerTokens, attention_mass, queries_that_see
 from kvcompress_jax.lab.methods.base import Compressed, Context
 from kvcompress_jax.paged.layout import INDEX_BYTES
 from kvcompress_jax.paged.page_code import PageCode, PageFit, code_page, fit_page
+from kvcompress_jax.paged.plane_bytes import unpack_planes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,16 +95,19 @@ class Embedded:
             key = jax.random.fold_in(jax.random.key(self.random_selection), layer)
             draw = jax.random.uniform(key, (pages, heads, page))
             rank = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1)
-        position = unpack(code.base).astype(jnp.float32)
+        dim = code.key_scale.step.shape[-1]
+        base, fine = (unpack_planes(x, dim) for x in (code.base, code.fine))
+        coarse = [x.astype(jnp.float32) for x in base]
+        refined = [x + refine(y) for x, y in zip(coarse, fine, strict=True)]
 
         def by_token(x: jax.Array) -> jax.Array:
             x = jnp.take_along_axis(x, slot_of_token[..., None], axis=-2)
             return x.swapaxes(1, 2).reshape(pages * page, heads, -1)
 
         vectors = []
-        for at in (position, position + refine(unpack(code.fine))):
-            vectors.append(by_token(reconstruct(at[:, 0], code.key_scale, axis=-2)))
-            vectors.append(by_token(reconstruct(at[:, 1], code.value_scale, axis=-1)))
+        for keys, values in (coarse, refined):
+            vectors.append(by_token(reconstruct(keys, code.key_scale, axis=-2)))
+            vectors.append(by_token(reconstruct(values, code.value_scale, axis=-1)))
         return *vectors, rank.swapaxes(1, 2).reshape(pages * page, heads)
 
     def stored_bits(self, context: Context, rows: np.ndarray) -> int:
