@@ -149,10 +149,9 @@ def _kernel(*refs, ordered, dim, page_size, fine_rows, channels):  # type: ignor
             return lo, hi, bad
 
         ends = jnp.full((page_size,), jnp.inf, jnp.float32)
-        found = lax.fori_loop(0, pieces, keys, jnp.zeros((channels,), jnp.int32))
-        nothing = jnp.zeros((channels,), jnp.int32)
-        lo, hi, more = lax.fori_loop(0, pieces, look, (ends, -ends, nothing))
-        bad[i, layer, head] = jnp.sum(found + more)
+        found = lax.fori_loop(0, pieces, keys, jnp.zeros((page_size,), jnp.int32))
+        lo, hi, found = lax.fori_loop(0, pieces, look, (ends, -ends, found))
+        bad[i, layer, head] = jnp.sum(found)
         step, zero = embedded.fit(lo, hi)
         value_step[layer, into, head, :] = step
         value_zero[layer, into, head, :] = zero
@@ -188,5 +187,5 @@ def _ranked(worth: jax.Array) -> jax.Array:
 
 
 def _not_finite(x: jax.Array) -> jax.Array:
-    """i32[channels]: how many of f32[page_size, channels] are not finite; NaN compares False."""
-    return jnp.sum(jnp.where(jnp.abs(x) < jnp.inf, 0, 1).astype(jnp.int32), axis=0)
+    """i32[page_size]: how many of f32[page_size, channels] are not finite; NaN compares False."""
+    return jnp.sum(jnp.where(jnp.abs(x) < jnp.inf, 0, 1).astype(jnp.int32), axis=1)
