@@ -1,0 +1,78 @@
+"""Compiles cases for one target and looks at what came out."""
+
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvcompress_jax.kernels.case import Case
+
+from benchmarks.gpu.hlo import moved_bytes
+from benchmarks.gpu.report import CaseReport, KernelReport, kernel_report
+from benchmarks.gpu.sass import assemble
+from benchmarks.gpu.target import Target, compile_for
+
+
+def inspect_cases(
+    cases: Sequence[Case], target: Target, *, done: Callable[[CaseReport], None]
+) -> None:
+    """Reports on each case. To be called once in a process, before JAX compiles anything: where
+    XLA leaves its files is decided then."""
+    folder = Path(tempfile.mkdtemp(prefix="gpu-gate-"))
+    flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_dump_to={folder}"]
+    os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_dump_emitter_re=ptx"])
+    warnings.simplefilter("ignore", DeprecationWarning)
+    try:
+        for case in cases:
+            done(_inspect(case, target, folder))
+            for file in folder.iterdir():
+                file.unlink()
+    finally:
+        shutil.rmtree(folder)
+
+
+def _inspect(case: Case, target: Target, folder: Path) -> CaseReport:
+    named = {
+        "case": case.name,
+        "op": case.op,
+        "architecture": target.architecture,
+        "needs_tensor_cores": case.needs_tensor_cores,
+    }
+    try:
+        function, arguments = case.build()
+        compiled = compile_for(function, arguments, target, donate=case.donate)
+    except Exception as e:  # whatever a compiler says is a refusal; the judge knows which are known
+        reason = " ".join(str(e).split())[:300]
+        return CaseReport(**named, refusal=f"{type(e).__name__}: {reason}")
+    text = compiled.as_text()
+    memory = compiled.memory_analysis()
+    return CaseReport(
+        **named,
+        kernels=_kernels(text, target, folder),
+        temporary_bytes=memory.temp_size_in_bytes,
+        moved_bytes=moved_bytes(text),
+        floor_bytes=case.floor_bytes,
+    )
+
+
+def _kernels(text: str, target: Target, folder: Path) -> list[KernelReport]:
+    """Of the program's own kernels, not of those that XLA made of plain operations."""
+    ours = set(re.findall(r'op_name="[^"]*?(\w+)/pallas_call"', text))
+    (thunks,) = folder.glob("*thunk_sequence.txt")
+    launches = re.findall(
+        r"\] (\w+) grid: .*? threads: \[(\d+), .*?shared_memory: (\d+)", thunks.read_text()
+    )
+    launched = {name: (int(threads), int(shared)) for name, threads, shared in launches}
+    reports = []
+    for ptx in sorted(folder.glob("*.ptx")):
+        entry = re.search(r"\.entry (\w+)\(", ptx.read_text())
+        if entry and entry[1] in launched and any(entry[1].startswith(name) for name in ours):
+            threads, shared = launched[entry[1]]
+            code = assemble(ptx, target.assembler_architecture)
+            reports.append(
+                kernel_report(entry[1], code, target, shared_bytes=shared, warps=threads // 32)
+            )
+    return reports

@@ -1,0 +1,27 @@
+"""Workloads of ops as data, shared by the gate, the tests and the benchmarks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One op at one size.
+
+    Attributes:
+      name: unique, such as "seal_page/64x128".
+      op: the op's folder.
+      build: gives a function and its abstract arguments (pytrees of `jax.ShapeDtypeStruct`); the
+        function calls the kernel itself, not the dispatcher.
+      floor_bytes: that any implementation has to move: each stored byte read or written once.
+      needs_tensor_cores: whether it would be slow without.
+      donate: numbers of the arguments that are updated in place.
+    """
+
+    name: str
+    op: str
+    build: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+    floor_bytes: int
+    needs_tensor_cores: bool
+    donate: tuple[int, ...] = ()

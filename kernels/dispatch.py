@@ -1,0 +1,44 @@
+"""Which implementation of an op runs: the only place that chooses."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+_log = logging.getLogger(__name__)
+
+
+def dispatch(
+    op: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    chosen: str | None,
+    *args: Any,
+    **settings: Any,
+) -> Any:
+    """Runs the implementation that was named, or the first that can do what is asked.
+
+    Raises:
+      ValueError: `chosen` names none.
+      NotImplementedError: none can do it; says why for each.
+    """
+    if chosen is not None and chosen not in implementations:
+        raise ValueError(
+            f"implementation: expected one of {sorted(implementations)}, got {chosen!r}"
+        )
+    refusals = []
+    for name in [chosen] if chosen else implementations:
+        try:
+            if name != "xla":
+                _require_gpu(name)
+            return implementations[name](*args, **settings)
+        except NotImplementedError as e:
+            refusals.append(f"{name}: {e}")
+            _log.debug("%s: %s", op, refusals[-1])
+    raise NotImplementedError(f"{op}: {'; '.join(refusals)}")
+
+
+def _require_gpu(name: str) -> None:
+    backend = jax.default_backend()
+    if backend not in ("gpu", "cuda"):
+        raise NotImplementedError(f"{name}: expected a CUDA device, got {backend}")

@@ -1,0 +1,74 @@
+"""The pools that hold the code of sealed pages, as kernels see them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodePools:
+    """Pages of codes, of all layers; a page's slots are ordered by importance.
+
+    The planes hold, for each head, keys [rows, dim/2] and values transposed [dim/2, rows], where
+    rows is page_size or fine_rows; byte j of the channel axis holds channel j in its low nibble
+    and channel j + dim/2 in the high one.
+    """
+
+    base: jax.Array  # u8[layers, pages, 2, heads, page_size * dim/2]
+    fine: jax.Array  # u8[chunks, 2, heads, fine_rows * dim/2]
+    key_step: jax.Array  # bf16[layers, pages, heads, dim]
+    key_zero: jax.Array  # f16[layers, pages, heads, dim]
+    value_step: jax.Array  # bf16[layers, pages, heads, page_size]
+    value_zero: jax.Array  # f16[layers, pages, heads, page_size]
+    order: jax.Array  # u8[layers, pages, heads, page_size]: the token of each slot
+
+    @property
+    def dim(self) -> int:
+        return self.key_step.shape[-1]
+
+    @property
+    def page_size(self) -> int:
+        return self.order.shape[-1]
+
+    @property
+    def fine_rows(self) -> int:
+        """Slots that a fine chunk refines; 0 where there are no chunks."""
+        return self.fine.shape[-1] // (self.dim // 2) if self.fine.shape[0] else 0
+
+
+def init_pools(
+    *, layers: int, pages: int, chunks: int, heads: int, page_size: int, dim: int, fine_rows: int
+) -> CodePools:
+    """Pools of zeros."""
+
+    def scale(size: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((layers, pages, heads, size), dtype)
+
+    return CodePools(
+        base=jnp.zeros((layers, pages, 2, heads, page_size * dim // 2), jnp.uint8),
+        fine=jnp.zeros((chunks, 2, heads, fine_rows * dim // 2), jnp.uint8),
+        key_step=scale(dim, jnp.bfloat16),
+        key_zero=scale(dim, jnp.float16),
+        value_step=scale(page_size, jnp.bfloat16),
+        value_zero=scale(page_size, jnp.float16),
+        order=scale(page_size, jnp.uint8),
+    )
+
+
+def check_addressable(**arrays: jax.Array) -> None:
+    """Refuses arrays in which Pallas on Triton would compute wrong addresses.
+
+    Its offsets are signed 32-bit numbers of elements up to 4 GiB, and 64-bit ones above, so that
+    elements past the 2**31st of an array of up to 4 GiB lie at negative offsets.
+
+    Raises:
+      NotImplementedError: names the array.
+    """
+    for name, x in arrays.items():
+        if x.size > 2**31 and x.nbytes <= 2**32:
+            raise NotImplementedError(
+                f"{name}: expected at most 2 GiB or more than 4 GiB of {x.dtype} for Triton's"
+                f" 32-bit offsets, got {x.nbytes / 2**30:.2f} GiB"
+            )

@@ -1,0 +1,73 @@
+"""`seal_page` in plain XLA: what the kernel must do, byte for byte."""
+
+import jax
+import jax.numpy as jnp
+from kvcompress_jax.kernels import embedded
+from kvcompress_jax.kernels.pools import CodePools
+
+
+def seal_page_reference(
+    raw: jax.Array,
+    pools: CodePools,
+    *,
+    source: jax.Array,
+    target: jax.Array,
+    chunks: jax.Array,
+    count: jax.Array,
+    exact: jax.Array,
+    worth: jax.Array | None,
+) -> tuple[CodePools, jax.Array]:
+    """See `kvcompress_jax.kernels.seal_page.seal_page`."""
+    layers, _, _, heads, page_size, _ = raw.shape
+    n, fine_rows = source.shape[0], pools.fine_rows
+    token = jnp.arange(page_size, dtype=jnp.int32)
+    kv = raw[:, source].astype(jnp.float32)  # [layers, n, 2, heads, page_size, dim]
+    finite = jnp.all(jnp.isfinite(kv), axis=(0, 2, 3, 4, 5))
+    finite = finite & (jnp.arange(n, dtype=jnp.int32) < count)
+    if worth is None:
+        order = jnp.broadcast_to(token, (layers, n, heads, page_size))
+    else:
+        ranked = jnp.where(jnp.isnan(worth), -jnp.inf, worth).swapaxes(0, 1)
+        order = jnp.argsort(-ranked, axis=-1, stable=True).astype(jnp.int32)
+    kv = jnp.take_along_axis(kv, order[:, :, None, :, :, None], axis=4)
+    keys, values = kv[:, :, 0], kv[:, :, 1]
+
+    counted = (order >= exact[None, :, None, None])[..., None]
+    key_step, key_zero = embedded.fit(
+        jnp.min(keys, axis=-2, where=counted, initial=jnp.inf),
+        jnp.max(keys, axis=-2, where=counted, initial=-jnp.inf),
+    )
+    value_step, value_zero = embedded.fit(jnp.min(values, axis=-1), jnp.max(values, axis=-1))
+    planes = zip(
+        embedded.encode(keys, key_step[..., None, :], key_zero[..., None, :]),
+        embedded.encode(values, value_step[..., None], value_zero[..., None]),
+        strict=True,
+    )
+    base, fine = (
+        _plane(k[..., :rows, :], v[..., :rows, :])
+        for (k, v), rows in zip(planes, (page_size, fine_rows), strict=True)
+    )
+
+    page = jnp.where(finite, target, pools.base.shape[1])  # out of range: dropped
+    chunk = jnp.where(finite[:, None] & (chunks >= 0), chunks, pools.fine.shape[0]).T
+
+    def put(pool: jax.Array, x: jax.Array) -> jax.Array:
+        return pool.at[:, page].set(x.astype(pool.dtype), mode="drop")
+
+    written = CodePools(
+        base=put(pools.base, base),
+        fine=pools.fine.at[chunk].set(fine, mode="drop") if fine_rows else pools.fine,
+        key_step=put(pools.key_step, key_step),
+        key_zero=put(pools.key_zero, key_zero),
+        value_step=put(pools.value_step, value_step),
+        value_zero=put(pools.value_zero, value_zero),
+        order=put(pools.order, order),
+    )
+    return written, finite
+
+
+def _plane(keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Codes i32[layers, n, heads, rows, dim] each to u8[layers, n, 2, heads, bytes]."""
+    packed = [embedded.pack(*jnp.split(x, 2, axis=-1)) for x in (keys, values)]
+    packed[1] = packed[1].swapaxes(-1, -2)
+    return jnp.stack([x.reshape(*x.shape[:-2], -1) for x in packed], axis=2)

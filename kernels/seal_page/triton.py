@@ -1,0 +1,191 @@
+"""`seal_page` on Pallas's Triton route: one program seals one head of one layer of one page.
+
+The tokens are put in order as they are loaded: rows of the raw page are gathered, a row being
+contiguous, so that what is stored is contiguous too. A program goes over its channels in pieces of
+`channels` in either half of the vector (whose codes share bytes). Keys have one scale per channel,
+so that a piece is coded when it is loaded; values have one per token, so that all pieces are looked
+at before the first is coded, and read again, from a cache: the device's memory is read once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from kvcompress_jax.kernels import embedded
+from kvcompress_jax.kernels.pools import CodePools, check_addressable
+from kvcompress_jax.kernels.tuning import Tuning, find_tuning
+
+RANKED = 16  # tokens whose ranks are found at a time
+
+
+def seal_page_triton(
+    raw: jax.Array,
+    pools: CodePools,
+    *,
+    source: jax.Array,
+    target: jax.Array,
+    chunks: jax.Array,
+    count: jax.Array,
+    exact: jax.Array,
+    worth: jax.Array | None,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> tuple[CodePools, jax.Array]:
+    """See `kvcompress_jax.kernels.seal_page.seal_page`.
+
+    Args:
+      tuning: num_warps, num_stages, and `channels`: of half a vector that are coded at a time, a
+        power of two that divides dim/2. None: what is known to suit the shape and the device.
+      interpret: run it in JAX on any device.
+    """
+    layers, raw_pages, _, heads, page_size, dim = raw.shape
+    check_addressable(raw=raw, base=pools.base, fine=pools.fine)
+    tuning = tuning or find_tuning("seal_page", f"{page_size}x{dim}")
+    channels = tuning["channels"]
+    if channels & (channels - 1) or (dim // 2) % channels:
+        raise NotImplementedError(
+            f"channels: expected a power of two that divides {dim // 2} (dim/2), got {channels}"
+        )
+    n = source.shape[0]
+    flat = raw.reshape(layers, raw_pages, 2, heads, page_size * dim)
+    tables = (source, target, chunks, count.reshape(1), exact)
+    inputs = (flat, *tables) if worth is None else (flat, *tables, worth)
+    outputs = tuple(getattr(pools, name) for name in _POOLS)
+    somewhere = pl.BlockSpec(memory_space=pl.ANY)
+    *written, bad = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            ordered=worth is not None,
+            dim=dim,
+            page_size=page_size,
+            fine_rows=pools.fine_rows,
+            channels=channels,
+        ),
+        name="seal_page",
+        grid=(n, layers, heads),
+        in_specs=[somewhere] * (len(inputs) + len(outputs)),
+        out_specs=[somewhere] * (len(outputs) + 1),
+        out_shape=[
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs),
+            jax.ShapeDtypeStruct((n, layers, heads), jnp.int32),
+        ],
+        input_output_aliases={len(inputs) + i: i for i in range(len(outputs))},
+        compiler_params=plt.CompilerParams(
+            num_warps=tuning["num_warps"], num_stages=tuning["num_stages"]
+        ),
+        interpret=interpret,
+    )(*inputs, *outputs)
+    real = jnp.arange(n, dtype=jnp.int32) < count
+    finite = jnp.all(bad == 0, axis=(1, 2)) & real
+    return CodePools(**dict(zip(_POOLS, written, strict=True))), finite
+
+
+_POOLS = ("base", "fine", "key_step", "key_zero", "value_step", "value_zero", "order")
+
+
+def _kernel(*refs, ordered, dim, page_size, fine_rows, channels):  # type: ignore[no-untyped-def]
+    raw, source, target, chunks, count, exact = refs[:6]
+    worth = refs[6] if ordered else None
+    base, fine, key_step, key_zero, value_step, value_zero, order_pool, bad = refs[-8:]
+    i, layer, head = (pl.program_id(axis) for axis in range(3))
+    half, pieces = dim // 2, dim // 2 // channels
+
+    @pl.when(i < count[0])
+    def _():
+        page, into, chunk = source[i], target[i], chunks[i, layer]
+        slot = lax.iota(jnp.int32, page_size)
+        order = slot if worth is None else _order(worth, i, layer, head, page_size)
+        order_pool[layer, into, head, :] = order.astype(jnp.uint8)
+        counted = order >= exact[i]
+        refined = (slot < fine_rows) & (chunk >= 0)
+        column = lax.iota(jnp.int32, channels)
+
+        def load(kind, piece):
+            """Both halves of a piece in slot order, f32[page_size, channels] each."""
+            start = order[:, None] * dim + (piece * channels + column)[None, :]
+            low, high = (raw[layer, page, kind, head, start + j * half] for j in range(2))
+            return low.astype(jnp.float32), high.astype(jnp.float32)
+
+        def store(kind, piece, low, high):
+            """Codes (base and fine, i32[page_size, channels] each) of both halves to the planes."""
+            for plane, codes in enumerate(zip(low, high, strict=True)):
+                packed = embedded.pack(*codes)
+                channel = piece * channels + column
+                rows = page_size if plane == 0 else fine_rows
+                if kind == 0:
+                    place, mask = slot[:, None] * half + channel[None, :], refined[:, None]
+                else:
+                    packed = packed.T
+                    place, mask = channel[:, None] * rows + slot[None, :], refined[None, :]
+                if plane == 0:
+                    base[layer, into, kind, head, place] = packed
+                elif fine_rows:
+                    mask = jnp.broadcast_to(mask, packed.shape)
+                    plt.store(fine.at[chunk, kind, head, place], packed, mask=mask)
+
+        def keys(piece, bad):
+            codes, place = [], piece * channels
+            for j, x in enumerate(load(0, piece)):
+                lo = jnp.min(jnp.where(counted[:, None], x, jnp.inf), axis=0)
+                hi = jnp.max(jnp.where(counted[:, None], x, -jnp.inf), axis=0)
+                step, zero = embedded.fit(lo, hi)
+                channel = pl.ds(place + j * half, channels)
+                key_step[layer, into, head, channel] = step
+                key_zero[layer, into, head, channel] = zero
+                codes.append(embedded.encode(x, step[None, :], zero[None, :]))
+                bad = bad + _not_finite(x)
+            store(0, piece, *codes)
+            return bad
+
+        def look(piece, state):
+            lo, hi, bad = state
+            for x in load(1, piece):
+                lo = jnp.minimum(lo, jnp.min(x, axis=1))
+                hi = jnp.maximum(hi, jnp.max(x, axis=1))
+                bad = bad + _not_finite(x)
+            return lo, hi, bad
+
+        ends = jnp.full((page_size,), jnp.inf, jnp.float32)
+        found = lax.fori_loop(0, pieces, keys, jnp.zeros((page_size,), jnp.int32))
+        lo, hi, found = lax.fori_loop(0, pieces, look, (ends, -ends, found))
+        bad[i, layer, head] = jnp.sum(found)
+        step, zero = embedded.fit(lo, hi)
+        value_step[layer, into, head, :] = step
+        value_zero[layer, into, head, :] = zero
+
+        def values(piece, carry):
+            codes = (embedded.encode(x, step[:, None], zero[:, None]) for x in load(1, piece))
+            store(1, piece, *codes)
+            return carry
+
+        lax.fori_loop(0, pieces, values, 0)
+
+
+def _order(worth, i, layer, head, page_size):  # type: ignore[no-untyped-def]
+    """i32[page_size]: the token of each slot; the worthiest first, of equals the earlier one, NaN
+    last. A token's rank is the number of tokens that come before it."""
+    slot = lax.iota(jnp.int32, page_size)
+    other = _ranked(worth[i, layer, head, :])
+
+    def body(block, order):
+        token = block * RANKED + lax.iota(jnp.int32, RANKED)
+        mine = _ranked(worth[i, layer, head, pl.ds(block * RANKED, RANKED)])[None, :]
+        earlier = slot[:, None] < token[None, :]
+        before = (other[:, None] > mine) | ((other[:, None] == mine) & earlier)
+        rank = jnp.sum(before.astype(jnp.int32), axis=0)
+        here = rank[None, :] == slot[:, None]
+        return order + jnp.sum(jnp.where(here, token[None, :], 0), axis=1)
+
+    return lax.fori_loop(0, page_size // RANKED, body, jnp.zeros((page_size,), jnp.int32))
+
+
+def _ranked(worth: jax.Array) -> jax.Array:
+    return jnp.where(worth != worth, -jnp.inf, worth)
+
+
+def _not_finite(x: jax.Array) -> jax.Array:
+    """i32[page_size]: how many of f32[page_size, channels] are not finite; NaN compares False."""
+    return jnp.sum(jnp.where(jnp.abs(x) < jnp.inf, 0, 1).astype(jnp.int32), axis=1)
