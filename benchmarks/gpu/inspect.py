@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.gpu.ahead import compile_for
 from benchmarks.gpu.hlo import moved_bytes
 from benchmarks.gpu.report import CaseReport, KernelReport, kernel_report
 from benchmarks.gpu.sass import assemble
-from benchmarks.gpu.target import Target, compile_for
+from benchmarks.gpu.target import Target
 from kvcompress_jax.kernels.case import Case
 
 
