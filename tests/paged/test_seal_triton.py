@@ -11,7 +11,7 @@ import pytest
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.kernels import dispatch
-from kvcompress_jax.paged import PoolSizes, Sealing, init_cache
+from kvcompress_jax.paged import PoolSizes, Sealing, init_cache, seal
 from kvcompress_jax.paged.seal import IMPLEMENTATIONS, seal_xla
 from kvcompress_jax.paged.seal_triton import seal_triton
 from tests.paged.batch import poison
@@ -90,7 +90,7 @@ def test_the_cache_is_the_same(ordered):
 
 def test_names_never_fall_back():
     cache = make_cache()
-    with pytest.raises(NotImplementedError, match="seal: triton: expected a CUDA device, got cpu"):
+    with pytest.raises(NotImplementedError, match=r"^seal: triton: expected a CUDA device"):
         seal(cache, work(), implementation="triton")
     with pytest.raises(ValueError, match=r"implementation: expected one of .*, got 'cuda'"):
         seal(cache, work(), implementation="cuda")
