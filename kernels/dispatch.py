@@ -36,22 +36,14 @@ def dispatch(
         )
     refusals = []
     for name in [chosen] if chosen else implementations:
+        if name != "xla" and jax.default_backend() not in ("gpu", "cuda"):
+            refusals.append(f"{name}: expected a CUDA device, got {jax.default_backend()}")
+            continue
         try:
-            if name != "xla":
-                _require_gpu(name)
             return implementations[name](*args, **settings)
         except NotImplementedError as e:
             refusals.append(f"{name}: {e}")
-            if chosen is None and _on_gpu():
+            if chosen is None:
                 FALLBACKS[op, name] += 1
                 _log.warning("%s: not by %s", op, refusals[-1])
     raise NotImplementedError(f"{op}: {'; '.join(refusals)}")
-
-
-def _on_gpu() -> bool:
-    return jax.default_backend() in ("gpu", "cuda")
-
-
-def _require_gpu(name: str) -> None:
-    if not _on_gpu():
-        raise NotImplementedError(f"{name}: expected a CUDA device, got {jax.default_backend()}")
