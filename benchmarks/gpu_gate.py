@@ -17,13 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu.target import load_target  # first: it sets how the process compiles
-
-# isort: split
 from benchmarks.gpu.cases import REFUSALS, all_cases
 from benchmarks.gpu.inspect import inspect_cases
 from benchmarks.gpu.report import CaseReport, as_json, from_json, judge
 from benchmarks.gpu.table import gate_page, stale
+from benchmarks.gpu.target import load_target
 
 TARGETS = ("a100", "h100", "b200")
 DOCS = Path(__file__).parents[1] / "docs"

@@ -17,6 +17,8 @@ class Case:
       floor_bytes: that any implementation has to move: each stored byte read or written once.
       needs_tensor_cores: whether it would be slow without.
       donate: numbers of the arguments that are updated in place.
+      example: gives real arguments to check and time the function with; None: it is not timed.
+      reference: of the same arguments, gives what the function must give; None: it is not checked.
     """
 
     name: str
@@ -25,3 +27,5 @@ class Case:
     floor_bytes: int
     needs_tensor_cores: bool
     donate: tuple[int, ...] = ()
+    example: Callable[[], tuple[Any, ...]] | None = None
+    reference: Callable[..., Any] | None = None

@@ -57,7 +57,7 @@ def init_pools(
     )
 
 
-def check_addressable(**arrays: jax.Array) -> None:
+def check_addressable(**arrays: jax.Array | jax.ShapeDtypeStruct) -> None:
     """Refuses arrays in which Pallas on Triton would compute wrong addresses.
 
     Its offsets are signed 32-bit numbers of elements up to 4 GiB, and 64-bit ones above, so that
@@ -67,8 +67,9 @@ def check_addressable(**arrays: jax.Array) -> None:
       NotImplementedError: names the array.
     """
     for name, x in arrays.items():
-        if x.size > 2**31 and x.nbytes <= 2**32:
+        size = x.size * x.dtype.itemsize
+        if x.size > 2**31 and size <= 2**32:
             raise NotImplementedError(
                 f"{name}: expected at most 2 GiB or more than 4 GiB of {x.dtype} for Triton's"
-                f" 32-bit offsets, got {x.nbytes / 2**30:.2f} GiB"
+                f" 32-bit offsets, got {size / 2**30:.2f} GiB"
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
-from kvcompress_jax.lab import calibrate_command, compare_command, tune_command
+from kvcompress_jax.lab import bench_command, calibrate_command, compare_command, tune_command
 from kvcompress_jax.lab.arguments import add_model, at_least_two, read_model
 from kvcompress_jax.metrics import commands as metrics_commands
 from kvcompress_jax.metrics.commands import MetricsError
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is not kept one line and code 3."""
     args = _parser().parse_args(argv)
     # Only now: reading a model needs packages that --help does not.
+    from kvcompress_jax.lab.device import DeviceError
     from kvcompress_jax.lab.output import OutputError
     from kvcompress_jax.lab.texts import TextError
     from kvcompress_jax.models.errors import ModelError
@@ -48,7 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QualityError as e:
         print(f"kvcompress {args.command}: {e}", file=sys.stderr)
         return REFUSED
-    except (ConfigError, ModelError, TextError, OutputError, DiskTierError, MetricsError) as e:
+    except (
+        ConfigError,
+        DeviceError,
+        DiskTierError,
+        MetricsError,
+        ModelError,
+        OutputError,
+        TextError,
+    ) as e:
         print(f"kvcompress {args.command}: {e}", file=sys.stderr)
         return USAGE_ERROR
     except ModuleNotFoundError as e:
@@ -171,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     compare_command.add_arguments(compare)
     compare.set_defaults(run=compare_command.run)
     storage_commands.add_commands(commands.add_parser)
+
+    bench = commands.add_parser(
+        "bench", help="time the codec and attention here; --tune: the GPU kernels' settings"
+    )
+    bench_command.add_arguments(bench)
+    bench.set_defaults(run=bench_command.run)
 
     top = commands.add_parser("top", help="watch a running process that serves metrics")
     metrics_commands.add_arguments(top)

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvcompress_jax.kernels.case import Case
-
+from benchmarks.gpu.ahead import compile_for
 from benchmarks.gpu.hlo import moved_bytes
 from benchmarks.gpu.report import CaseReport, KernelReport, kernel_report
 from benchmarks.gpu.sass import assemble
-from benchmarks.gpu.target import Target, compile_for
+from benchmarks.gpu.target import Target
+from kvcompress_jax.kernels.case import Case
 
 
 def inspect_cases(

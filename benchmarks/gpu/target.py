@@ -1,23 +1,9 @@
-"""Compiling for a GPU that is not there.
-
-A target is a text file as XLA describes a device (`targets/`): it compiles for it, and the roofline
-takes the same file's bandwidth. Importing this module decides how the process compiles, so that it
-comes first, and a process compiles for one architecture only.
-"""
+"""GPUs, as XLA describes them to itself (`targets/`): it compiles for such a text, and the roofline
+takes the same text's bandwidth."""
 
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-
-import jax
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 FOLDER = Path(__file__).parent / "targets"
 NAMES = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200", "b200": "NVIDIA B200"}
@@ -80,34 +66,3 @@ def load_target(name: str) -> Target:
         shared_bytes=int(number("shared_memory_per_core")),
         threads=int(number("threads_per_core_limit")),
     )
-
-
-def compile_for(
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-    target: Target,
-    *,
-    donate: Sequence[int] = (),
-) -> jax.stages.Compiled:
-    """Compiles a function of abstract arrays for the target.
-
-    Args:
-      function: of `arguments`.
-      arguments: pytrees of `jax.ShapeDtypeStruct`.
-      target: what to compile for.
-      donate: numbers of the arguments that may be updated in place.
-    """
-    topology = topologies.get_topology_desc(
-        target.name, "cuda", target_config=target.text, topology="1x1x1"
-    )
-    sharding = SingleDeviceSharding(topology.devices[0])
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tuple(arguments)
-    )
-    device = jax.sharding.AbstractDevice(
-        device_kind=NAMES[target.name], num_cores=None, platform="gpu"
-    )
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(function, donate_argnums=tuple(donate)).trace(*placed)
-        return traced.lower(lowering_platforms=("cuda",)).compile()

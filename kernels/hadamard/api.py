@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.kernels.hadamard.reference import hadamard_reference
 from kvcompress_jax.kernels.hadamard.triton import hadamard_triton

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
 from kvcompress_jax.kernels.hadamard.matrix import signs
 from kvcompress_jax.kernels.pools import check_addressable
 from kvcompress_jax.kernels.tuning import Tuning, find_tuning

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.kernels.open_page.reference import open_page_reference
 from kvcompress_jax.kernels.open_page.triton import open_page_triton

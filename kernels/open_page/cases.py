@@ -1,11 +1,14 @@
 """Sizes of `open_page`: at level 1 (refined slots) and 2 (none)."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from kvcompress_jax.kernels.case import Case
+from kvcompress_jax.kernels.open_page.reference import open_page_reference
 from kvcompress_jax.kernels.open_page.triton import open_page_triton
 from kvcompress_jax.kernels.pools import init_pools
 from kvcompress_jax.kernels.tuning import Tuning
@@ -25,45 +28,65 @@ SIZES = (
 LAYERS, PAGES, HEADS = 2, 64, 8
 
 
+WARPS, CHANNELS = (1, 2, 4, 8), (16, 32, 64)  # to choose from where a device is at hand
+
+
 def make_case(
-    page_size: int, dim: int, fine_rows: int, dtype: str, tuning: Tuning | None = None
+    page_size: int,
+    dim: int,
+    fine_rows: int,
+    dtype: str,
+    tuning: Tuning | None = None,
+    *,
+    pages: int = PAGES,
+    interpret: bool = False,
 ) -> Case:
     """All pages of small pools, each once."""
-    build = functools.partial(_build, page_size, dim, fine_rows, dtype, tuning)
-    _, arguments = build()
+    example = functools.partial(_example, page_size, dim, fine_rows, pages)
+    run = functools.partial(open_page_triton, tuning=tuning, interpret=interpret)
+    arguments = jax.eval_shape(example)
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments))
-    opened = LAYERS * PAGES * 2 * HEADS * page_size * dim * jnp.dtype(dtype).itemsize
+    opened = LAYERS * pages * 2 * HEADS * page_size * dim * jnp.dtype(dtype).itemsize
     return Case(
         name=f"open_page/{page_size}x{dim}/{fine_rows}/{dtype}",
         op="open_page",
-        build=build,
+        build=lambda: (functools.partial(_run, run, dtype), arguments),
         floor_bytes=stored + opened,
         needs_tensor_cores=False,
+        example=example,
+        reference=functools.partial(_run, open_page_reference, dtype),
     )
 
 
-def _build(
-    page_size: int, dim: int, fine_rows: int, dtype: str, tuning: Tuning | None
-) -> tuple[Any, tuple[Any, ...]]:
-    pools = jax.eval_shape(
-        lambda: init_pools(
-            layers=LAYERS,
-            pages=PAGES,
-            chunks=LAYERS * PAGES if fine_rows else 0,
-            heads=HEADS,
-            page_size=page_size,
-            dim=dim,
-            fine_rows=fine_rows,
-        )
+def candidates(page_size: int, dim: int) -> list[Tuning]:
+    """Settings that may be best: between 16 and 64 numbers in the registers of a thread."""
+    return [
+        {"num_warps": warps, "num_stages": 1, "channels": channels}
+        for warps in WARPS
+        for channels in CHANNELS
+        if (dim // 2) % channels == 0 and 16 <= 2 * page_size * channels / (32 * warps) <= 64
+    ]
+
+
+def _run(open_pages, dtype, pools, pages, chunks, count):  # type: ignore[no-untyped-def]
+    return open_pages(pools, pages=pages, chunks=chunks, count=count, dtype=jnp.dtype(dtype))
+
+
+def _example(page_size: int, dim: int, fine_rows: int, n: int) -> tuple[Any, ...]:
+    pools = init_pools(
+        layers=LAYERS,
+        pages=n,
+        chunks=LAYERS * n if fine_rows else 0,
+        heads=HEADS,
+        page_size=page_size,
+        dim=dim,
+        fine_rows=fine_rows,
     )
-    table = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-
-    def run(pools, pages, chunks, count):  # type: ignore[no-untyped-def]
-        return open_page_triton(
-            pools, pages=pages, chunks=chunks, count=count, dtype=jnp.dtype(dtype), tuning=tuning
-        )
-
-    return run, (pools, table((PAGES,)), table((PAGES, LAYERS)), table(()))
+    slots = jnp.broadcast_to(jnp.arange(page_size, dtype=jnp.uint8), pools.order.shape)
+    pools = dataclasses.replace(pools, order=slots)  # a token has one place
+    chunks = jnp.arange(n * LAYERS, dtype=jnp.int32).reshape(n, LAYERS)
+    pages = jnp.arange(n, dtype=jnp.int32)
+    return pools, pages, chunks if fine_rows else jnp.full_like(chunks, -1), jnp.int32(n)
 
 
 CASES = tuple(make_case(*size) for size in SIZES)

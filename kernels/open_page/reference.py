@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from kvcompress_jax.kernels import embedded
 from kvcompress_jax.kernels.pools import CodePools
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
 from kvcompress_jax.kernels import embedded
 from kvcompress_jax.kernels.pools import CodePools, check_addressable
 from kvcompress_jax.kernels.tuning import Tuning, find_tuning

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.kernels.pools import CodePools
 from kvcompress_jax.kernels.seal_page.reference import seal_page_reference

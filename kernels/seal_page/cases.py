@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from kvcompress_jax.kernels.case import Case
 from kvcompress_jax.kernels.pools import init_pools
+from kvcompress_jax.kernels.seal_page.reference import seal_page_reference
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
 from kvcompress_jax.kernels.tuning import Tuning
 
@@ -26,6 +28,10 @@ SIZES = (
 LAYERS, PAGES, HEADS = 2, 64, 8
 
 
+# Settings to choose from where a device is at hand, by page size.
+WARPS, CHANNELS = (1, 2, 4, 8), (16, 32, 64)
+
+
 def make_case(
     page_size: int,
     dim: int,
@@ -33,63 +39,76 @@ def make_case(
     dtype: str,
     ordered: bool,
     tuning: Tuning | None = None,
+    *,
+    pages: int = PAGES,
+    interpret: bool = False,
 ) -> Case:
     """All pages of small pools, each once."""
-    name = f"seal_page/{page_size}x{dim}/{fine_rows}/{dtype}{'' if ordered else '/unordered'}"
-    build = functools.partial(_build, page_size, dim, fine_rows, dtype, ordered, tuning)
-    _, arguments = build()
-    raw, pools, *tables = arguments
+    example = functools.partial(_example, page_size, dim, fine_rows, dtype, ordered, pages)
+    run = functools.partial(seal_page_triton, tuning=tuning, interpret=interpret)
+    arguments = jax.eval_shape(example)
     return Case(
-        name=name,
+        name=f"seal_page/{page_size}x{dim}/{fine_rows}/{dtype}{'' if ordered else '/unordered'}",
         op="seal_page",
-        build=build,
-        floor_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((raw, pools, tables))),
+        build=lambda: (functools.partial(_run, run), arguments),
+        floor_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments)),
         needs_tensor_cores=False,
         donate=(1,),
+        example=example,
+        reference=functools.partial(_run, seal_page_reference),
     )
 
 
-def _build(
-    page_size: int, dim: int, fine_rows: int, dtype: str, ordered: bool, tuning: Tuning | None
-) -> tuple[Any, tuple[Any, ...]]:
-    pools = jax.eval_shape(
-        lambda: init_pools(
-            layers=LAYERS,
-            pages=PAGES,
-            chunks=LAYERS * PAGES if fine_rows else 0,
-            heads=HEADS,
-            page_size=page_size,
-            dim=dim,
-            fine_rows=fine_rows,
-        )
-    )
-    table = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    arguments: tuple[Any, ...] = (
-        jax.ShapeDtypeStruct((LAYERS, PAGES, 2, HEADS, page_size, dim), jnp.dtype(dtype)),
+def candidates(page_size: int, dim: int) -> list[Tuning]:
+    """Settings that may be best: between 16 and 64 numbers in the registers of a thread."""
+    return [
+        {"num_warps": warps, "num_stages": 1, "channels": channels}
+        for warps in WARPS
+        for channels in CHANNELS
+        if (dim // 2) % channels == 0 and 16 <= 2 * page_size * channels / (32 * warps) <= 64
+    ]
+
+
+def _run(seal, raw, pools, source, target, chunks, count, exact, worth=None):  # type: ignore[no-untyped-def]
+    return seal(
+        raw,
         pools,
-        table((PAGES,)),
-        table((PAGES,)),
-        table((PAGES, LAYERS)),
-        table(()),
-        table((PAGES,)),
+        source=source,
+        target=target,
+        chunks=chunks,
+        count=count,
+        exact=exact,
+        worth=worth,
+    )
+
+
+def _example(
+    page_size: int, dim: int, fine_rows: int, dtype: str, ordered: bool, n: int
+) -> tuple[Any, ...]:
+    key = jax.random.key(0)
+    pages = jnp.arange(n, dtype=jnp.int32)
+    pools = init_pools(
+        layers=LAYERS,
+        pages=n,
+        chunks=LAYERS * n if fine_rows else 0,
+        heads=HEADS,
+        page_size=page_size,
+        dim=dim,
+        fine_rows=fine_rows,
+    )
+    chunks = jnp.arange(n * LAYERS, dtype=jnp.int32).reshape(n, LAYERS)
+    arguments: tuple[Any, ...] = (
+        jax.random.normal(key, (LAYERS, n, 2, HEADS, page_size, dim), jnp.dtype(dtype)),
+        pools,
+        pages,
+        pages[::-1],
+        chunks if fine_rows else jnp.full_like(chunks, -1),
+        jnp.int32(n),
+        jnp.zeros_like(pages),
     )
     if ordered:
-        arguments += (jax.ShapeDtypeStruct((PAGES, LAYERS, HEADS, page_size), jnp.float32),)
-
-    def run(raw, pools, source, target, chunks, count, exact, worth=None):  # type: ignore[no-untyped-def]
-        return seal_page_triton(
-            raw,
-            pools,
-            source=source,
-            target=target,
-            chunks=chunks,
-            count=count,
-            exact=exact,
-            worth=worth,
-            tuning=tuning,
-        )
-
-    return run, arguments
+        arguments += (jax.random.uniform(key, (n, LAYERS, HEADS, page_size)),)
+    return arguments
 
 
 CASES = tuple(make_case(*size) for size in SIZES)

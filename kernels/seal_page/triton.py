@@ -7,6 +7,7 @@ so that a piece is coded when it is loaded; values have one per token, so that a
 at before the first is coded, and read again, from a cache: the device's memory is read once.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
 from kvcompress_jax.kernels import embedded
 from kvcompress_jax.kernels.pools import CodePools, check_addressable
 from kvcompress_jax.kernels.tuning import Tuning, find_tuning
@@ -53,7 +55,8 @@ def seal_page_triton(
     flat = raw.reshape(layers, raw_pages, 2, heads, page_size * dim)
     tables = (source, target, chunks, count.reshape(1), exact)
     inputs = (flat, *tables) if worth is None else (flat, *tables, worth)
-    outputs = tuple(getattr(pools, name) for name in _POOLS)
+    names = [name for name in _POOLS if name != "fine" or pools.fine_rows]
+    outputs = tuple(getattr(pools, name) for name in names)
     somewhere = pl.BlockSpec(memory_space=pl.ANY)
     *written, bad = pl.pallas_call(
         functools.partial(
@@ -80,16 +83,17 @@ def seal_page_triton(
     )(*inputs, *outputs)
     real = jnp.arange(n, dtype=jnp.int32) < count
     finite = jnp.all(bad == 0, axis=(1, 2)) & real
-    return CodePools(**dict(zip(_POOLS, written, strict=True))), finite
+    return dataclasses.replace(pools, **dict(zip(names, written, strict=True))), finite
 
 
-_POOLS = ("base", "fine", "key_step", "key_zero", "value_step", "value_zero", "order")
+_POOLS = ("base", "key_step", "key_zero", "value_step", "value_zero", "order", "fine")
 
 
 def _kernel(*refs, ordered, dim, page_size, fine_rows, channels):  # type: ignore[no-untyped-def]
     raw, source, target, chunks, count, exact = refs[:6]
     worth = refs[6] if ordered else None
-    base, fine, key_step, key_zero, value_step, value_zero, order_pool, bad = refs[-8:]
+    written = refs[-8:] if fine_rows else (*refs[-7:-1], None, refs[-1])
+    base, key_step, key_zero, value_step, value_zero, order_pool, fine, bad = written
     i, layer, head = (pl.program_id(axis) for axis in range(3))
     half, pieces = dim // 2, dim // 2 // channels
 
@@ -122,7 +126,7 @@ def _kernel(*refs, ordered, dim, page_size, fine_rows, channels):  # type: ignor
                     place, mask = channel[:, None] * rows + slot[None, :], refined[None, :]
                 if plane == 0:
                     base[layer, into, kind, head, place] = packed
-                elif fine_rows:
+                elif fine is not None:
                     mask = jnp.broadcast_to(mask, packed.shape)
                     plt.store(fine.at[chunk, kind, head, place], packed, mask=mask)
 

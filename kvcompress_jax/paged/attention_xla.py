@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.layout import CacheLayout
 from kvcompress_jax.paged.read import decode_pages, slot_tokens
 from kvcompress_jax.paged.table import PageTable
 
@@ -87,7 +88,7 @@ def attend_xla(
             return mask
         return mask & ((window <= 0) | (position - token_position < window))
 
-    block = _power_of_two_below(BLOCK_NUMBERS // (rows * heads * page_size * dim))
+    block = pages_at_once(rows, layout)
     offsets = jnp.arange(page_size, dtype=jnp.int32)
 
     def sealed_block(
@@ -160,6 +161,12 @@ def attend_xla(
         raw_mass = jnp.exp(token_logits - against[..., None, None])
         mass = jnp.sum(sealed_mass, axis=2), jnp.sum(raw_mass, axis=2)
     return unpack_heads(out).astype(q.dtype), unpack_heads(lse), mass
+
+
+def pages_at_once(rows: int, layout: CacheLayout) -> int:
+    """Pages of each of `rows` sequences that one pass of a loop takes."""
+    numbers = rows * layout.kv_heads * layout.page_size * layout.head_dim
+    return _power_of_two_below(BLOCK_NUMBERS // numbers)
 
 
 def _power_of_two_below(n: int) -> int:

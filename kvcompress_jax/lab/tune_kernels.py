@@ -1,0 +1,142 @@
+"""Measures launch settings of the GPU kernels on the device at hand, and stores the best."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from kvcompress_jax.kernels.case import Case
+from kvcompress_jax.kernels.hadamard import cases as hadamard_cases
+from kvcompress_jax.kernels.open_page import cases as open_cases
+from kvcompress_jax.kernels.seal_page import cases as seal_cases
+from kvcompress_jax.kernels.tuning import Tuning, device_file, find_tuning, read_tuning
+from kvcompress_jax.lab.agreement import disagreement
+from kvcompress_jax.lab.kernel_timing import function_seconds
+from kvcompress_jax.lab.output import replacing
+
+CALLS = 10  # of a kernel between two looks at the clock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tunable:
+    """An op at one shape: `case(settings)` for each of the candidates."""
+
+    op: str
+    shape: str
+    case: Callable[[Tuning], Case]
+    candidates: Sequence[Tuning]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What was measured of an op at one shape; a candidate that failed has no time."""
+
+    op: str
+    shape: str
+    best: Tuning
+    default: Tuning
+    best_seconds: float
+    default_seconds: float | None
+    failed: Sequence[str]
+
+
+def tunables() -> list[Tunable]:
+    """Of all ops, one per shape of their cases."""
+    found = {}
+    for size in seal_cases.SIZES:
+        page_size, dim, *_, ordered = size
+        if ordered:
+            found["seal_page", f"{page_size}x{dim}"] = (
+                lambda t, size=size: seal_cases.make_case(*size, tuning=t),
+                seal_cases.candidates(page_size, dim),
+            )
+    for size in open_cases.SIZES:
+        page_size, dim, *_ = size
+        found.setdefault(
+            ("open_page", f"{page_size}x{dim}"),
+            (
+                lambda t, size=size: open_cases.make_case(*size, tuning=t),
+                open_cases.candidates(page_size, dim),
+            ),
+        )
+    for dim, dtype in hadamard_cases.SIZES:
+        found.setdefault(
+            ("hadamard", str(dim)),
+            (
+                lambda t, dim=dim, dtype=dtype: hadamard_cases.make_case(dim, dtype, tuning=t),
+                hadamard_cases.candidates(dim),
+            ),
+        )
+    return [
+        Tunable(op=op, shape=shape, case=case, candidates=candidates)
+        for (op, shape), (case, candidates) in found.items()
+    ]
+
+
+def case_seconds(case: Case) -> float:
+    """Checks a case against its reference and times it.
+
+    Raises:
+      ValueError: it gives something else than its reference.
+    """
+    if case.example is None or case.reference is None:
+        raise ValueError(f"{case.name}: expected an example and a reference, got none")
+    function, _ = case.build()
+    arguments = case.example()
+    wrong = disagreement(jax.jit(function)(*arguments), jax.jit(case.reference)(*arguments))
+    if wrong:
+        raise ValueError(f"{case.name}: {wrong}")
+    return function_seconds(function, arguments, donate=case.donate, calls=CALLS, repeats=7)
+
+
+def tune(
+    tunable: Tunable, *, device: str, seconds: Callable[[Case], float] = case_seconds
+) -> Tuned:
+    """Measures the default settings and all candidates of an op at one shape.
+
+    A candidate that does not compile, or gives wrong results, is left out and reported.
+
+    Raises:
+      ValueError: no candidate works.
+    """
+    default = find_tuning(tunable.op, tunable.shape, device)
+    times: list[tuple[float, Tuning]] = []
+    failed, default_seconds = [], None
+    for settings in [default, *(c for c in tunable.candidates if c != default)]:
+        try:
+            took = seconds(tunable.case(settings))
+        except Exception as e:  # compilers raise what they like; the reason is reported
+            failed.append(f"{json.dumps(settings)}: {' '.join(str(e).split())[:200]}")
+            continue
+        times.append((took, settings))
+        if settings is default:
+            default_seconds = took
+    if not times:
+        raise ValueError(f"{tunable.op} {tunable.shape}: no settings work: {failed[0]}")
+    best_seconds, best = min(times, key=lambda x: x[0])
+    return Tuned(
+        op=tunable.op,
+        shape=tunable.shape,
+        best=best,
+        default=default,
+        best_seconds=best_seconds,
+        default_seconds=default_seconds,
+        failed=failed,
+    )
+
+
+def store(results: Sequence[Tuned], *, device: str, folder: Path) -> list[Path]:
+    """Writes the best settings to `<folder>/<op>/<device>.json`; shapes that were not measured keep
+    what the file says of them."""
+    written = []
+    for op in dict.fromkeys(result.op for result in results):
+        file = folder / op / device_file(device)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        settings = dict(read_tuning(file)) if file.exists() else {}
+        settings |= {result.shape: result.best for result in results if result.op == op}
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        written.append(file)
+    return written
