@@ -12,6 +12,7 @@ by the `Executor` at once, in all layers.
 
 import collections
 import dataclasses
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -234,8 +235,8 @@ class BlockStates:
         short = pages - self.raw.free
         if short <= 0:
             return
-        held = np.flatnonzero(self.raw_of != NONE)
-        held = sorted(held.tolist(), key=lambda b: (b in batch, self.used[b], self.index[b]))
+        held: list[int] = np.flatnonzero(self.raw_of != NONE).tolist()
+        held.sort(key=lambda b: (b in batch, self.used[b], self.index[b]))
         if self.config.compresses:
             early = [b for b in held if self.filled[b] == self.page_size][:short]
             if early:
@@ -282,7 +283,7 @@ class BlockStates:
     def _typical_heat(self) -> float:
         return float(np.median(self.heat[self.sealed])) if self.sealed.any() else 0.0
 
-    def _coldest(self, excluded: set[int] = frozenset()) -> int | None:  # type: ignore[assignment]
+    def _coldest(self, excluded: Collection[int] = ()) -> int | None:
         """The block at level 1 with the least attention, of those the longest unused."""
         level_1 = np.flatnonzero(self.sealed & (self.chunk_of != NONE))
         level_1 = level_1[~np.isin(level_1, list(excluded))] if excluded else level_1

@@ -69,7 +69,7 @@ def content_bytes(
     tokens = layout.kv_heads * layout.page_size
     if not config.compresses:
         return 2 * layout.head_dim * layout.jax_dtype.itemsize
-    stored = layout.sealed_page_bytes
+    stored = float(layout.sealed_page_bytes)
     if config.sealed_level == 1:
         stored += fine_share * layout.fine_chunk_bytes
     content = math.ceil(stored / (1 - raw_share) / tokens)

@@ -19,6 +19,8 @@ BACKEND = "kvcompress_jax.interop.vllm.backend.CompressedBackend"
 class CompressedPlatform:
     """Mixed into the platform that vLLM would have chosen."""
 
+    device_type: str  # of that platform
+
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Refuses what cannot be compressed, and sets block size, scheduler and worker extension.

@@ -43,7 +43,7 @@ def register() -> None:
             f"KV compression: expected a CPU or CUDA platform of vLLM, got"
             f" {type(current_platform).__name__}; set {settings.ENABLE_VARIABLE}=0 to run without"
         )
-    if current_platform.is_cpu():
+    if current_platform.device_type == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     add_kv_cache_manager()

@@ -15,6 +15,9 @@ logger = init_logger(__name__)
 class CompressedScheduler(Scheduler):
     """Runs no more sequences at once than there are raw pages for their unfinished pages."""
 
+    max_num_running_reqs: int
+    max_num_active_reqs: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         (group,) = self.kv_cache_config.kv_cache_groups

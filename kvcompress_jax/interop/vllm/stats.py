@@ -1,7 +1,7 @@
 """The figures of compression inside vLLM."""
 
 import math
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -92,7 +92,10 @@ def compression_stats(states: BlockStates, *, damaged: int) -> VllmCompressionSt
     )
 
 
-SUMMED = "memory_saved_mb uncompressed_bytes allocated_bytes pool_bytes host_bytes".split()
+SUMMED: tuple[
+    Literal["memory_saved_mb", "uncompressed_bytes", "allocated_bytes", "pool_bytes", "host_bytes"],
+    ...,
+] = ("memory_saved_mb", "uncompressed_bytes", "allocated_bytes", "pool_bytes", "host_bytes")
 
 
 def merge(workers: list[VllmCompressionStats]) -> VllmCompressionStats:
@@ -104,9 +107,9 @@ def merge(workers: list[VllmCompressionStats]) -> VllmCompressionStats:
     """
     if not workers:
         raise ValueError("workers: expected at least one with compression, got none")
-    total = dict(workers[0])
+    total = workers[0].copy()
     for name in SUMMED:
-        total[name] = sum(w[name] for w in workers)  # type: ignore[literal-required]
+        total[name] = sum(w[name] for w in workers)
     allocated = total["allocated_bytes"]
     total["avg_compression_ratio"] = total["uncompressed_bytes"] / allocated if allocated else 1.0
-    return total  # type: ignore[return-value]
+    return total
