@@ -129,6 +129,7 @@ RUN_BY = {
     "make bench": (".ci/run", "--silent bench "),
     ".ci/run": ("CONTRIBUTING.md", ".ci/run"),  # by whoever changes something, and it runs this
     ".venv/bin/kvcompress eval": ("tests/lab/test_cli.py", '"eval", "--model"'),
+    ".venv/bin/kvcompress tune": ("tests/lab/test_tune.py", '"tune", "--model"'),
     ".venv/bin/kvcompress calibrate": ("tests/lab/test_calibrate.py", '"calibrate", "--model"'),
 }
 
