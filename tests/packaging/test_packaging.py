@@ -137,6 +137,7 @@ RUN_BY = {
     ".venv/bin/kvcompress top": ("tests/metrics/test_top.py", '"top", "--once"'),
     ".venv/bin/kvcompress scrub": ("tests/storage/test_commands.py", '"scrub", folder'),
     ".venv/bin/kvcompress inspect": ("tests/storage/test_commands.py", '"inspect", path'),
+    ".venv/bin/kvcompress tune": ("tests/lab/test_tune.py", '"tune", "--model"'),
     ".venv/bin/kvcompress calibrate": ("tests/lab/test_calibrate.py", '"calibrate", "--model"'),
 }
 
