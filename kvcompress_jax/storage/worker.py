@@ -141,6 +141,21 @@ class Worker:
         """Whether writing failed a moment ago; `condition` is held already."""
         return time.monotonic() < self._pause_end
 
+    def verify(self) -> None:
+        """Raises AssertionError when bytes are not those that are claimed; idle, and `condition` is
+        held already."""
+        wrong = []
+        for what, claimed, records in (
+            ("queued", self.queued_bytes, self._writes.values()),
+            ("arrived", self.arrived_bytes, self._arrived.values()),
+        ):
+            got = sum(r.nbytes for r in records)
+            if got != claimed:
+                wrong.append(f"disk tier, {what} bytes: expected {claimed}, got {got}")
+        wrong += self.store.differences()
+        if wrong:
+            raise AssertionError("\n".join(wrong))
+
     def stop(self, timeout_s: float = 5.0) -> None:
         """Does what is queued for at most so many seconds, then ends the thread."""
         with self.condition:
