@@ -45,5 +45,5 @@ def dispatch(
             refusals.append(f"{name}: {e}")
             if chosen is None:
                 FALLBACKS[op, name] += 1
-                _log.warning("%s: not by %s", op, refusals[-1])
+                _log.warning("%s: %s", op, refusals[-1])  # a GPU that goes without its kernel
     raise NotImplementedError(f"{op}: {'; '.join(refusals)}")

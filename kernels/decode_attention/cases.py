@@ -15,19 +15,11 @@ from kvcompress_jax.kernels.tuning import Tuning
 # page size, dim, refined slots, query heads of a KV head, dtype, options
 SIZES: tuple[tuple[int, int, int, int, str, str], ...] = (
     (16, 128, 8, 4, "bfloat16", ""),
-    (32, 128, 16, 4, "bfloat16", ""),
-    (64, 64, 32, 7, "bfloat16", ""),
     (64, 96, 32, 4, "bfloat16", ""),
-    (64, 128, 32, 4, "bfloat16", ""),
-    (64, 128, 32, 4, "bfloat16", "mass"),
-    (64, 128, 32, 4, "bfloat16", "window"),
-    (64, 128, 32, 4, "bfloat16", "soft_cap"),
-    (64, 128, 64, 8, "float16", ""),
     (64, 128, 0, 4, "bfloat16", ""),
-    (64, 128, 32, 16, "bfloat16", ""),
-    (64, 256, 32, 4, "bfloat16", ""),
-    (128, 128, 64, 4, "bfloat16", ""),
-    (256, 128, 128, 4, "bfloat16", ""),
+    (64, 128, 32, 4, "bfloat16", "mass"),
+    (64, 256, 32, 4, "bfloat16", "window"),
+    (128, 128, 64, 16, "float16", ""),
 )
 ROWS, COLUMNS, RAW_COLUMNS, HEADS, SINK_TOKENS = 8, 128, 2, 8, 4
 

@@ -67,12 +67,13 @@ def attention_reference(
 
     token, exists = join(2), join(3)
     keys, values = (jnp.where(exists[..., None], join(i), 0.0) for i in (0, 1))
-    position = (lists.length - query_lengths)[:, None] + jnp.arange(queries, dtype=jnp.int32)
+    query = jnp.arange(queries, dtype=jnp.int32)[None, :]
+    position = (lists.length - query_lengths)[:, None] + query
     back = position[:, None, :, None] - token[:, :, None, :]  # [rows, heads, queries, tokens]
     seen = exists[:, :, None, :] & (back >= 0)
     if window is not None:
         seen = seen & ((window <= 0) | (back < window))
-    real = jnp.arange(queries, dtype=jnp.int32)[None, :] < query_lengths[:, None]
+    real = query < query_lengths[:, None]
     seen = (seen & real[:, None, :, None])[:, :, :, None]
     split = q.astype(jnp.float32).reshape(rows, queries, heads, group, dim) * scale
     logits = _einsum("rqhgd,rhtd->rhqgt", split, keys)
