@@ -9,7 +9,7 @@ PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
 # Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
 WORKERS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-gate gpu-roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
@@ -22,6 +22,15 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/codec_speed.py $(BENCH_ARGS)
+
+# A virtual environment of its own: JAX with half of its CUDA plug-in is of no other use.
+GATE_VENV ?= .venv-gate
+
+gpu-gate: $(GATE_VENV)/.gate
+	$(GATE_VENV)/bin/python -m benchmarks.gpu_gate $(GATE_ARGS)
+
+gpu-roofline: $(GATE_VENV)/.gate
+	$(GATE_VENV)/bin/python -m benchmarks.gpu_roofline
 
 clean:
 	rm -rf $(VENV) build *.egg-info
@@ -47,4 +56,14 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+# The compiler for GPUs without what only a GPU needs: 1.3 GB, not 4.6.
+$(GATE_VENV)/.gate: pyproject.toml benchmarks/gpu/requirements.txt
+	$(PYTHON) -m venv $(GATE_VENV)
+	$(GATE_VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable .
+	version=$$($(GATE_VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(GATE_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
+	  "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" \
+	  --requirement benchmarks/gpu/requirements.txt
 	touch $@

@@ -2,7 +2,8 @@
 
     make gpu-gate                               # compiles, judges, compares with the repository
     make gpu-gate GATE_ARGS=--write             # ... and writes docs/gpu-gate.md and .json
-    make gpu-gate GATE_ARGS="--only seal_page"  # some of the cases, compared with nothing
+    make gpu-gate GATE_ARGS="--only seal_page"  # some of the cases, compared with nothing; with
+                                                # --write they replace themselves in the table
 
 Compiles every op for every case for sm_80, sm_90 and sm_100, assembles it, and tabulates what the
 hardware would get. Exits 1 on a spill, narrow loads, a missing tensor-core instruction, more bytes
@@ -20,7 +21,7 @@ from pathlib import Path
 from benchmarks.gpu.cases import REFUSALS, all_cases
 from benchmarks.gpu.inspect import inspect_cases
 from benchmarks.gpu.report import CaseReport, as_json, from_json, judge
-from benchmarks.gpu.table import gate_page, stale
+from benchmarks.gpu.table import gate_page, merged, stale
 from benchmarks.gpu.target import load_target
 
 TARGETS = ("a100", "h100", "b200")
@@ -53,15 +54,14 @@ def main() -> int:
                 found.append(f"{target}: the process ended with {ended.returncode}")
     partial = bool(args.only) or tuple(args.targets) != TARGETS
     found += judge(reports, {} if partial else REFUSALS)
-    if args.write and not partial:
-        page = DOCS / "gpu-gate.md"
-        page.parent.mkdir(exist_ok=True)
-        page.write_text(gate_page(reports))
-        page.with_suffix(".json").write_text(
-            json.dumps([as_json(x) for x in reports], indent=1) + "\n"
-        )
+    file = DOCS / "gpu-gate.json"
+    if args.write:
+        written = merged(reports, file) if partial else reports
+        DOCS.mkdir(exist_ok=True)
+        file.write_text(json.dumps([as_json(x) for x in written], indent=1) + "\n")
+        file.with_suffix(".md").write_text(gate_page(written))
     elif not partial:
-        found += stale(reports, DOCS / "gpu-gate.json")
+        found += stale(reports, file)
     for line in found:
         print(f"FAULT {line}")
     verdict = "fails" if found else "passes"

@@ -1,5 +1,6 @@
 """Which implementation of an op runs: the only place that chooses."""
 
+import collections
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import jax
 
 _log = logging.getLogger(__name__)
+
+# How often each (op, implementation) was passed over on a GPU, where it is what one wants. Counted
+# when a program is traced, not each time that it runs.
+FALLBACKS: collections.Counter[tuple[str, str]] = collections.Counter()
 
 
 def dispatch(
@@ -18,6 +23,9 @@ def dispatch(
 ) -> Any:
     """Runs the implementation that was named, or the first that can do what is asked.
 
+    A name never falls back to another implementation. Without one, an implementation that refuses
+    on a GPU is logged as a warning and counted in `FALLBACKS`; on other devices only "xla" runs.
+
     Raises:
       ValueError: `chosen` names none.
       NotImplementedError: none can do it; says why for each.
@@ -28,17 +36,14 @@ def dispatch(
         )
     refusals = []
     for name in [chosen] if chosen else implementations:
+        if name != "xla" and jax.default_backend() not in ("gpu", "cuda"):
+            refusals.append(f"{name}: expected a CUDA device, got {jax.default_backend()}")
+            continue
         try:
-            if name != "xla":
-                _require_gpu(name)
             return implementations[name](*args, **settings)
         except NotImplementedError as e:
             refusals.append(f"{name}: {e}")
-            _log.debug("%s: %s", op, refusals[-1])
+            if chosen is None:
+                FALLBACKS[op, name] += 1
+                _log.warning("%s: %s", op, refusals[-1])  # a GPU that goes without its kernel
     raise NotImplementedError(f"{op}: {'; '.join(refusals)}")
-
-
-def _require_gpu(name: str) -> None:
-    backend = jax.default_backend()
-    if backend not in ("gpu", "cuda"):
-        raise NotImplementedError(f"{name}: expected a CUDA device, got {backend}")

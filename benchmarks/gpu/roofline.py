@@ -66,8 +66,10 @@ XLA = """
 ## What plain XLA moves
 
 The fallback, `attend` in XLA, as compiled for an {device}, at {sequences} sequences of {tokens:,}
-tokens, one layer. It moves more than it must because it writes what it decodes before it reads it
-again. The fused kernels' bytes over the floor are in [gpu-gate.md](gpu-gate.md).
+tokens, one layer. It writes what it decodes before it reads it again. Counted between operations,
+whether memory sees them or a cache: it works on blocks of a few megabytes, so that much of this may
+stay in the L2 cache of a large GPU. The fused kernels' bytes over the floor are in
+[gpu-gate.md](gpu-gate.md).
 """
 
 

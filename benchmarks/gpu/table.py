@@ -69,6 +69,13 @@ def _cells(report: CaseReport, kernel: KernelReport) -> list[str]:
     ]
 
 
+def merged(reports: Sequence[CaseReport], file: Path) -> list[CaseReport]:
+    """The reports of a file, with these in place of those of the same case and architecture."""
+    old = list(map(from_json, json.loads(file.read_text()))) if file.is_file() else []
+    found = {_key(x): x for x in (*old, *reports)}
+    return sorted(found.values(), key=lambda x: (int(x.architecture[3:]), x.case))
+
+
 def stale(reports: Sequence[CaseReport], file: Path) -> list[str]:
     """How what was found differs from what is in the repository.
 

@@ -60,14 +60,14 @@ def random_cache(
     index = jnp.broadcast_to(jnp.arange(pages, dtype=jnp.int32), columns.shape)
     count = jnp.full((sequences,), pages, jnp.int32)
     none = jnp.zeros((sequences, 0), jnp.int32)
-    raw = level == 0
+    uncompressed = level == 0
     return cache, PageTable(
-        sealed=none if raw else columns,
-        sealed_index=none if raw else index,
-        sealed_count=jnp.zeros_like(count) if raw else count,
-        raw=columns if raw else none,
-        raw_index=index if raw else none,
-        raw_count=count if raw else jnp.zeros_like(count),
+        sealed=none if uncompressed else columns,
+        sealed_index=none if uncompressed else index,
+        sealed_count=jnp.zeros_like(count) if uncompressed else count,
+        raw=columns if uncompressed else none,
+        raw_index=index if uncompressed else none,
+        raw_count=count if uncompressed else jnp.zeros_like(count),
         sink=jnp.full((sequences,), -1, jnp.int32),
         length=jnp.full((sequences,), tokens, jnp.int32),
     )

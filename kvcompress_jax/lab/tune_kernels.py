@@ -1,6 +1,7 @@
 """Measures launch settings of the GPU kernels on the device at hand, and stores the best."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,35 +45,35 @@ class Tuned:
 
 def tunables() -> list[Tunable]:
     """Of all ops, one per shape of their cases."""
-    found = {}
-    for size in seal_cases.SIZES:
-        page_size, dim, *_, ordered = size
-        if ordered:
-            found["seal_page", f"{page_size}x{dim}"] = (
-                lambda t, size=size: seal_cases.make_case(*size, tuning=t),
-                seal_cases.candidates(page_size, dim),
-            )
-    for size in open_cases.SIZES:
-        page_size, dim, *_ = size
+    found: dict[tuple[str, str], Tunable] = {}
+    for op, module in (("seal_page", seal_cases), ("open_page", open_cases)):
+        for size in module.SIZES:
+            page_size, dim = size[:2]
+            if size[-1] is not False:  # pages whose tokens are ordered need the most
+                found.setdefault(
+                    (op, f"{page_size}x{dim}"),
+                    Tunable(
+                        op=op,
+                        shape=f"{page_size}x{dim}",
+                        case=functools.partial(_make, module.make_case, size),
+                        candidates=module.candidates(page_size, dim),
+                    ),
+                )
+    for size in hadamard_cases.SIZES:
         found.setdefault(
-            ("open_page", f"{page_size}x{dim}"),
-            (
-                lambda t, size=size: open_cases.make_case(*size, tuning=t),
-                open_cases.candidates(page_size, dim),
+            ("hadamard", str(size[0])),
+            Tunable(
+                op="hadamard",
+                shape=str(size[0]),
+                case=functools.partial(_make, hadamard_cases.make_case, size),
+                candidates=hadamard_cases.candidates(size[0]),
             ),
         )
-    for dim, dtype in hadamard_cases.SIZES:
-        found.setdefault(
-            ("hadamard", str(dim)),
-            (
-                lambda t, dim=dim, dtype=dtype: hadamard_cases.make_case(dim, dtype, tuning=t),
-                hadamard_cases.candidates(dim),
-            ),
-        )
-    return [
-        Tunable(op=op, shape=shape, case=case, candidates=candidates)
-        for (op, shape), (case, candidates) in found.items()
-    ]
+    return list(found.values())
+
+
+def _make(make_case: Callable[..., Case], size: Sequence[object], settings: Tuning) -> Case:
+    return make_case(*size, tuning=settings)
 
 
 def case_seconds(case: Case) -> float:

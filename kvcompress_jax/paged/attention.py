@@ -6,6 +6,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from kvcompress_jax.kernels.dispatch import dispatch
+from kvcompress_jax.paged.attention_triton import attend_triton
 from kvcompress_jax.paged.attention_xla import attend_xla
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.table import PageTable
@@ -39,7 +41,8 @@ class Implementation(Protocol):
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]: ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"xla": attend_xla}
+# Fastest first. Which one runs, `dispatch` decides.
+IMPLEMENTATIONS: dict[str, Implementation] = {"triton": attend_triton, "xla": attend_xla}
 
 
 def attend(
@@ -75,7 +78,8 @@ def attend(
         positions back, itself included; 0 sees everything. None: no window, and no code for one.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       return_mass: also return what each page and raw token received, from the same pass.
-      implementation: None chooses; a name never falls back to another.
+      implementation: "triton" (GPU kernels), "xla" (any device), or None: the kernels where there
+        is a GPU and they can do it. A name never falls back to another.
 
     Returns:
       out: q's shape and dtype; zeros for queries that are not real.
@@ -85,6 +89,7 @@ def attend(
 
     Raises:
       ValueError: shapes that do not belong together, or an implementation that does not exist.
+      NotImplementedError: the implementation that was named cannot do this.
     """
     layout = cache.layout
     if q.ndim != 4 or q.shape[3] != layout.head_dim or q.shape[2] % layout.kv_heads:
@@ -96,15 +101,12 @@ def attend(
         raise ValueError(
             f"table: expected {q.shape[0]} sequences (rows of q), got {table.length.shape[0]}"
         )
-    if implementation is None:
-        implementation = "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}"
-        )
     if query_lengths is None:
         query_lengths = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
-    out, lse, mass = IMPLEMENTATIONS[implementation](
+    out, lse, mass = dispatch(
+        "attend",
+        IMPLEMENTATIONS,
+        implementation,
         q,
         cache,
         layer,

@@ -8,28 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcompress_jax.calibrated.code import LARGEST
+from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.paged.cache import PagedCache
-from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.page_code import PageCode, PageFit, code_page, fit_page
 from kvcompress_jax.paged.seal_rows import seal_rows
+from kvcompress_jax.paged.seal_triton import seal_triton
+from kvcompress_jax.paged.sealing import Sealing
 from kvcompress_jax.paged.telemetry import keep_shadow
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sealing:
-    """Pages to seal; the first `count` entries are real, the rest is padding."""
-
-    raw: HostArray  # i32[n] raw page, full
-    page: HostArray  # i32[n] sealed page to write
-    chunks: HostArray  # i32[n, layers] fine chunk of each layer, -1: that layer goes to level 2
-    first: HostArray  # i32[n] position of the page's first token
-    sink: HostArray  # i32[n] slot for the exact first tokens, -1: not the first page of a sequence
-    count: HostArray  # i32[]
-    shadow: HostArray | None = None  # i32[n] where telemetry keeps the raw page, -1: nowhere
-
-
-def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
+def seal(cache: PagedCache, sealing: Sealing, *, implementation: str | None = None) -> PagedCache:
     """Codes raw pages into sealed ones; the raw pages stay as they are, for the host to free.
 
     A page with a value that is not finite in any layer, or too large for the calibrated code, is
@@ -39,10 +27,21 @@ def seal(cache: PagedCache, sealing: Sealing) -> PagedCache:
     Args:
       cache: donated, it is updated in place.
       sealing: what to seal.
+      implementation: "triton", a kernel for GPUs, or "xla"; None chooses the first that can. On a
+        GPU a refused page may have been written to in part, which means nothing: it is not sealed.
 
     Returns:
       The cache with the codes in it, `cache.sealed` True for pages that were sealed.
+
+    Raises:
+      ValueError: an implementation that does not exist.
+      NotImplementedError: the implementation that was named cannot do this here.
     """
+    return dispatch("seal", IMPLEMENTATIONS, implementation, cache, sealing)
+
+
+def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
+    """See `seal`: page after page, on any device."""
     layout = cache.layout
     # Where no page can have a fine chunk, none is coded, and the tokens need no order.
     fine_rows = layout.fine_rows if cache.fine.shape[0] else 0
@@ -152,3 +151,6 @@ def _finish(cache: PagedCache, kv: jax.Array, sealing: Sealing, i: jax.Array) ->
         exact = kv[:, :, :, : cache.layout.sink_tokens]
         sinks = sinks.at[:, slot].set(exact, mode="drop")
     return dataclasses.replace(cache, sinks=sinks, heat=cache.heat.at[sealing.page[i]].set(0.0))
+
+
+IMPLEMENTATIONS = {"triton": seal_triton, "xla": seal_xla}

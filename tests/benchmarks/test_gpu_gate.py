@@ -18,7 +18,7 @@ from benchmarks.gpu.report import (
     kernel_report,
 )
 from benchmarks.gpu.roofline import COMPILED, LEVELS, SHAPES, page_bytes, roofline_page, step_bytes
-from benchmarks.gpu.table import gate_page, stale
+from benchmarks.gpu.table import gate_page, merged, stale
 from benchmarks.gpu.target import NAMES, load_target
 from kvcompress_jax.paged import CacheLayout
 
@@ -106,6 +106,15 @@ def test_a_stale_table_is_noticed(tmp_path):
     other = dataclasses.replace(GOOD, case="attention/16x64")
     assert len(stale([other], file)) == 2
     assert "refusal" in stale([BAD["refused: ValueError: no"]], file)[0]
+
+
+def test_some_cases_replace_themselves_in_the_table(tmp_path):
+    file = tmp_path / "gpu-gate.json"
+    assert merged([GOOD], file) == [GOOD]
+    other = dataclasses.replace(GOOD, architecture="sm_100")
+    file.write_text(json.dumps([as_json(x) for x in (other, GOOD)]))
+    changed = with_kernel(registers=99)
+    assert merged([changed], file) == [changed, other]
 
 
 def test_reports_survive_json():

@@ -128,7 +128,9 @@ RUN_BY = {
     "make test": (".ci/run", "--silent test "),
     "make lint": (".ci/run", "--silent lint "),
     "make bench": (".ci/run", "--silent bench "),
+    "make gpu-gate": (".ci/run", "--silent gpu-gate "),
     ".ci/run": ("CONTRIBUTING.md", ".ci/run"),  # by whoever changes something, and it runs this
+    ".venv/bin/kvcompress bench": ("tests/lab/test_tune_kernels.py", '["bench", "--tune"]'),
     ".venv/bin/kvcompress eval": ("tests/lab/test_cli.py", '"eval", "--model"'),
     ".venv/bin/kvcompress demo --serve-metrics": (
         "tests/lab/test_cli.py",
@@ -162,5 +164,5 @@ def test_the_code_in_the_readme_runs():
 
 def test_the_makefile_has_the_targets():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "lint", "bench"):
+    for target in ("demo", "test", "lint", "bench", "gpu-gate"):
         assert re.search(rf"^{target}: ", makefile, flags=re.MULTILINE)

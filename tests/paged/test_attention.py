@@ -218,7 +218,11 @@ def test_memory_is_bounded():
         ((1, 1, 3, 64), {}, r"q: expected \[sequences, queries, multiple of 2, 64\], got"),
         ((1, 1, 4, 32), {}, r"q: expected \[sequences, queries, multiple of 2, 64\], got"),
         ((2, 1, 4, 64), {}, r"table: expected 2 sequences \(rows of q\), got 1"),
-        ((1, 1, 4, 64), {"implementation": "cuda"}, r"implementation: expected one of \['xla'\]"),
+        (
+            (1, 1, 4, 64),
+            {"implementation": "cuda"},
+            r"implementation: expected one of \['triton', 'xla'\]",
+        ),
     ],
 )
 def test_errors(shape, options, message):

@@ -1,0 +1,173 @@
+"""Attention on Pallas's Triton route: what `body.py` needs, laid out, and its launch."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from kvcompress_jax.kernels.decode_attention.body import SINK_ROWS, Plan, attention_kernel
+from kvcompress_jax.kernels.decode_attention.inputs import (
+    AttentionPools,
+    PageLists,
+    group_pages,
+)
+from kvcompress_jax.kernels.decode_attention.merge import merge
+from kvcompress_jax.kernels.pools import check_addressable
+from kvcompress_jax.kernels.tuning import Tuning, find_tuning
+
+
+def attention_triton(
+    q: jax.Array,
+    pools: AttentionPools,
+    layer: jax.Array | int,
+    lists: PageLists,
+    *,
+    query_lengths: jax.Array,
+    scale: float,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    return_mass: bool,
+    op: str = "decode_attention",
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """See `kvcompress_jax.kernels.decode_attention.decode_attention`.
+
+    Args:
+      op: whose settings are looked up.
+      tuning: num_warps, num_stages, `programs` to split the work into, `columns` of a tile (a
+        power of two), `widest` piece of channels. None: what suits the shape and the device.
+      interpret: run it in JAX on any device.
+    """
+    rows, queries, all_heads, dim = q.shape
+    codes, raw = pools.codes, pools.raw
+    heads, page_size = raw.shape[3:5]
+    _refuse(q, pools, dim)
+    tuning = tuning or find_tuning(op, f"{page_size}x{dim}")
+    group = all_heads // heads
+    n = queries * group
+    tile = min(tuning["columns"], max(8, 1 << (n - 1).bit_length()))
+    tiles = -(-n // tile)
+    pages = max(lists.sealed.shape[1] + lists.raw.shape[1], 1)
+    splits = -(-tuning["programs"] // (rows * heads * tiles))
+    plan = Plan(
+        page_size=page_size,
+        half=dim // 2,
+        fine_rows=codes.fine_rows,
+        sink_tokens=pools.sinks.shape[4] if pools.sinks.shape[1] else 0,
+        columns=tile,
+        splits=max(1, min(splits, pages)),
+        heads=heads,
+        scale=scale * math.log2(math.e),
+        cap=None if soft_cap is None else soft_cap * math.log2(math.e),
+        window=window is not None,
+        mass=return_mass,
+        sealed=bool(codes.base.shape[1] and lists.sealed.shape[1]),
+        interpret=interpret,
+        widest=tuning["widest"],
+    )
+
+    first_query = lists.length - query_lengths
+    position = first_query[:, None] + jnp.arange(queries, dtype=jnp.int32)[None, :]
+    position = jnp.pad(jnp.repeat(position, group, axis=1), ((0, 0), (0, tiles * tile - n)))
+    packed = q.reshape(rows, queries, heads, group, dim).transpose(0, 2, 1, 3, 4)
+    packed = packed.reshape(rows, heads, n, dim)
+    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, tiles * tile - n), (0, 0)))
+    oldest = None
+    span = jnp.zeros((1,), jnp.int32)
+    if window is not None:
+        span = jnp.asarray(window, jnp.int32).reshape(1)
+        oldest = jnp.where(span > 0, first_query - span + 1, 0)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    grouped = functools.partial(group_pages, page_size=page_size, oldest=oldest)
+    recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None)
+    inputs = {
+        "layer": layer,
+        "q": packed,
+        "position": position,
+        "length": lists.length,
+        "span": span,
+        "raw": raw,
+        "raw_ids": recent.ids,
+        "raw_index": recent.index,
+        "raw_column": recent.column,
+        "raw_count": recent.counts[:, 1],
+    }
+    if plan.sink_tokens:
+        inputs |= {"sinks": pools.sinks, "sink": lists.sink}
+    past = None
+    if plan.sealed:
+        fine_of = pools.fine_of[layer[0]] if plan.fine_rows else None
+        past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
+        lead = codes.base.shape[:4]
+        inputs |= {
+            "base_k": codes.base.reshape(*lead, page_size, dim // 2),
+            "base_v": codes.base.reshape(*lead, dim // 2, page_size),
+            "key_step": codes.key_step,
+            "key_zero": codes.key_zero,
+            "value_step": codes.value_step,
+            "value_zero": codes.value_zero,
+            "ids": past.ids,
+            "column": past.column,
+            "counts": past.counts,
+        }
+        if plan.sink_tokens:
+            exact = (past.index == 0) & (lists.sink >= 0)[:, None]
+            inputs |= {"skip": jnp.where(exact, plan.sink_tokens, 0)}
+        if plan.window:
+            inputs |= {"order": codes.order, "index": past.index}
+        if plan.fine_rows:
+            inputs |= {"fine": codes.fine, "chunk": past.chunk}
+    check_addressable(**inputs)
+
+    width = tiles * tile
+    outputs = {
+        "out": jax.ShapeDtypeStruct((rows, heads, plan.splits, dim, width), jnp.float32),
+        "lse": jax.ShapeDtypeStruct((rows, heads, plan.splits, width), jnp.float32),
+    }
+    if plan.mass:
+        columns, recents = lists.sealed.shape[1], lists.raw.shape[1]
+        shape = (rows, heads, max(columns, 1), width)
+        outputs["page_lse"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        shape = (rows, heads, max(recents, 1), page_size, width)
+        outputs["logits"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    somewhere = pl.BlockSpec(memory_space=pl.ANY)
+    names = [*inputs, *outputs]
+    results = pl.pallas_call(
+        lambda *refs: attention_kernel(dict(zip(names, refs, strict=True)), plan),
+        name=op,
+        grid=(plan.splits, heads * tiles, rows),
+        in_specs=[somewhere] * len(inputs),
+        out_specs=[somewhere] * len(outputs),
+        out_shape=list(outputs.values()),
+        compiler_params=plt.CompilerParams(
+            num_warps=tuning["num_warps"], num_stages=tuning["num_stages"]
+        ),
+        interpret=interpret,
+    )(*inputs.values())
+    return merge(
+        dict(zip(outputs, results, strict=True)),
+        q,
+        kv_heads=heads,
+        query_lengths=query_lengths,
+        past=past,
+        recent=recent,
+        columns=(lists.sealed.shape[1], lists.raw.shape[1]),
+    )
+
+
+def _refuse(q: jax.Array, pools: AttentionPools, dim: int) -> None:
+    dtype = pools.raw.dtype
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"raw: expected bfloat16 or float16, got {dtype}")
+    if q.dtype != dtype:
+        raise NotImplementedError(f"q: expected {dtype} like the raw pages, got {q.dtype}")
+    if dim % 32:
+        raise NotImplementedError(f"dim: expected a multiple of 32, got {dim}")
+    if pools.sinks.shape[1] and pools.sinks.shape[4] > SINK_ROWS:
+        raise NotImplementedError(
+            f"sink_tokens: expected at most {SINK_ROWS}, got {pools.sinks.shape[4]}"
+        )

@@ -1,0 +1,64 @@
+"""The bench of the GPU kernels, on a machine without a GPU."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from benchmarks.gpu_bench import check_cases
+from kvcompress_jax.kernels.hadamard.cases import make_case
+from kvcompress_jax.lab.agreement import disagreement
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_bench", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        timeout=600,
+    )
+
+
+def test_without_a_gpu_it_says_so_in_a_line():
+    done = bench()
+    assert done.returncode == 2
+    assert done.stderr == "gpu_bench needs a GPU, and JAX has only cpu here\n"
+
+
+def test_small_cases_are_checked_on_any_device():
+    done = bench("--interpret")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("right ") == 3
+    assert "WRONG" not in done.stdout
+
+
+def test_a_wrong_result_is_found():
+    case = make_case(64, "bfloat16", vectors=64, interpret=True)
+    wrong = dataclasses.replace(case, reference=lambda x: x)
+    assert not check_cases(Console(quiet=True), [case])
+    assert check_cases(Console(quiet=True), [case, wrong])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "bool", "int32"])
+def test_disagreement(dtype):
+    x = jax.random.normal(jax.random.key(0), (64, 64)) * 40
+    a = x.astype(dtype) if dtype != "bool" else x > 0
+    assert disagreement(a, a) is None
+    assert "expected 1 arrays, got 2" in disagreement((a, a), a)
+    assert "expected" in disagreement(a, a[:32])
+    other = a.at[3].set(jnp.roll(a[3], 1))
+    assert "differ" in disagreement(other, a)
+    if dtype == "bfloat16":
+        assert disagreement(a * jnp.bfloat16(1.005), a) is None
+        assert disagreement(a.at[0, 0].set(jnp.nan), a) is not None
+    if dtype == "uint8":  # one of 4,096 lies on a border; four of 64 do not
+        assert disagreement(a.at[0, 0].add(jnp.uint8(1)), a) is None

@@ -1,0 +1,107 @@
+"""Sealing by the GPU's kernel, interpreted, leaves the same cache as sealing in XLA."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.kernels import dispatch
+from kvcompress_jax.paged import PoolSizes, Sealing, init_cache, seal
+from kvcompress_jax.paged.seal import IMPLEMENTATIONS, seal_xla
+from kvcompress_jax.paged.seal_triton import seal_triton
+from tests.paged.batch import poison
+
+LAYERS, PAGES = 2, 5
+
+
+def make_cache(shadow_pages=0, **changes):
+    layout = CompressionConfig(page_size=16).layout(layers=LAYERS, kv_heads=2, head_dim=64)
+    layout = dataclasses.replace(layout, **changes)
+    sizes = PoolSizes(
+        raw_pages=4,
+        sealed_pages=PAGES,
+        fine_chunks=8 if layout.fine_rows else 0,
+        sink_slots=2,
+        shadow_pages=shadow_pages,
+    )
+    cache = poison(init_cache(layout, sizes))
+    keys = jax.random.split(jax.random.key(0), 2)
+    raw = jax.random.normal(keys[0], cache.raw.shape).at[:, :, 0, :, :, 1].mul(20.0)
+    return dataclasses.replace(
+        cache,
+        raw=raw.astype(cache.raw.dtype).at[1, 1, 1, 0, 3, 5].set(jnp.inf),
+        mass=jax.random.uniform(keys[1], cache.mass.shape),
+        seen=jnp.full_like(cache.seen, 9.0),
+        sealed=jnp.ones_like(cache.sealed),
+        heat=jnp.ones_like(cache.heat),
+    )
+
+
+def work(shadow=None):
+    chunks = [[0, 3], [1, 2], [-1, 5], [-1, -1]]
+    return Sealing(
+        raw=jnp.array([0, 1, 2, -1], jnp.int32),
+        page=jnp.array([3, 2, 1, -1], jnp.int32),
+        chunks=jnp.array(chunks, jnp.int32),
+        first=jnp.zeros((4,), jnp.int32),
+        sink=jnp.array([1, -1, -1, -1], jnp.int32),
+        count=jnp.int32(3),
+        shadow=shadow,
+    )
+
+
+def same(a, b):
+    """Caches are equal, byte for byte, but for the page and the chunks of what was refused."""
+    codes = ("base", "order", "key_scale", "value_scale")
+    for field in dataclasses.fields(a):
+        x, y = jax.tree.leaves(getattr(a, field.name)), jax.tree.leaves(getattr(b, field.name))
+        for left, right in zip(x, y, strict=True):
+            left, right = np.asarray(left), np.asarray(right)
+            if field.name in codes:
+                left, right = np.delete(left, 2, axis=1), np.delete(right, 2, axis=1)
+            if field.name == "fine":
+                left, right = (np.delete(z, [1, 2], axis=0) if z.size else z for z in (left, right))
+            if left.tobytes() != right.tobytes():
+                return field.name
+    return None
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_cache_is_the_same(ordered):
+    if ordered:
+        cache, shadow = make_cache(shadow_pages=2), jnp.array([1, -1, 0, -1], jnp.int32)
+    else:
+        cache, shadow = make_cache(fine_rows=0), None
+    want = jax.jit(seal_xla)(cache, work(shadow))
+    got = jax.jit(functools.partial(seal_triton, interpret=True))(cache, work(shadow))
+    assert same(got, want) is None
+    assert np.array_equal(got.sealed, [True, True, False, True, True])
+    assert int(got.rejected) == 1
+    # The judge sees another order, a sink that was not written, and a heat that was kept.
+    assert same(got, dataclasses.replace(want, order=want.order[..., ::-1])) == "order"
+    assert same(got, dataclasses.replace(want, sinks=cache.sinks)) == "sinks"
+    assert same(got, dataclasses.replace(want, heat=cache.heat)) == "heat"
+
+
+def test_names_never_fall_back():
+    cache = make_cache()
+    with pytest.raises(NotImplementedError, match=r"^seal: triton: expected a CUDA device"):
+        seal(cache, work(), implementation="triton")
+    with pytest.raises(ValueError, match=r"implementation: expected one of .*, got 'cuda'"):
+        seal(cache, work(), implementation="cuda")
+    assert list(IMPLEMENTATIONS) == ["triton", "xla"]  # the fastest first
+
+
+def test_a_gpu_without_its_kernel_is_logged(monkeypatch, caplog):
+    def refuse():
+        raise NotImplementedError("head_dim 80")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with caplog.at_level(logging.WARNING):
+        assert dispatch.dispatch("op", {"triton": refuse, "xla": lambda: 7}, None) == 7
+    assert "op: triton: head_dim 80" in caplog.text
