@@ -115,9 +115,7 @@ def capacity_only(model):
 
 def preempt(model):
     """Four long answers in memory that holds two and a half of them uncompressed."""
-    llm = engine(
-        model, max_num_seqs=4, kv_cache_memory_bytes=70 * MIB, enable_prefix_caching=False
-    )
+    llm = engine(model, max_num_seqs=4, kv_cache_memory_bytes=70 * MIB, enable_prefix_caching=False)
     tokens = greedy(llm, long_prompts(llm, 400), 200)
     return {"preemptions": preemptions(llm), "tokens": tokens, "stats": figures(llm)}
 
