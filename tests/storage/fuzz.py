@@ -126,7 +126,10 @@ def forged(data: bytes, rng: random.Random) -> bytes:
         elif kind == 3 and parts:
             parts[i] = damaged(parts[i], rng)
         elif kind == 4 and parts:  # a frame that grows
-            parts[i] = zstandard.compress(bytes(rng.choice((10**3, 10**6, 3 * 10**6))), 3)
+            size = rng.choice((10**3, 10**6, 3 * 10**6))
+            parts[i] = zstandard.compress(bytes(size), 3)
+            if described and isinstance(header["planes"][i], dict):
+                header["planes"][i] |= {"encoding": "zstd", "dtype": "uint8", "shape": [size]}
         elif kind == 5 and parts and parts[i][4:12]:  # a frame that says that it grows
             frame = bytearray(zstandard.compress(bytes(300), 1))
             frame[4] |= 0xC0  # eight bytes of content size
