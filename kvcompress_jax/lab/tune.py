@@ -88,7 +88,6 @@ class Tuner:
         self,
         model: Model,
         texts: Mapping[str, str],
-        goal: Goal,
         *,
         context_tokens: int = 1024,
         continuation_tokens: int = 256,
@@ -100,7 +99,6 @@ class Tuner:
         Args:
           model: with a tokenizer.
           texts: by name, each of at least context_tokens + continuation_tokens tokens.
-          goal: what is asked for.
           context_tokens: that are compressed.
           continuation_tokens: that are teacher-forced on the compressed context.
           kv_dtype: of level 0 and of the uncompressed cache.
@@ -109,7 +107,7 @@ class Tuner:
         Raises:
           TextError: a text is too short, or too long for the model, or the model has no tokenizer.
         """
-        self.model, self.texts, self.goal = model, texts, goal
+        self.model, self.texts = model, texts
         self.context_tokens, self.continuation_tokens = context_tokens, continuation_tokens
         self.kv_dtype, self.progress = kv_dtype, progress
         progress("uncompressed model", 0.0)
@@ -126,20 +124,24 @@ class Tuner:
                 )
             )
             progress("uncompressed model", len(self.benches) / len(texts))
+        self.judge: Judge | None = None
+        self.goal = Goal(bound=QualityBound(kl=0.0))
         self.tried: list[Candidate] = []
         self.order: list[int] = []
         self.gains: tuple[float, ...] = ()
 
-    def tune(self, profiles: Sequence[str] = ()) -> Tuned:
+    def tune(self, goal: Goal, profiles: Sequence[str] = ()) -> Tuned:
         """Searches.
 
         Args:
+          goal: what is asked for.
           profiles: files of codes that were calibrated to the model, for pages of 64 tokens.
 
         Raises:
           QualityError: nothing fits the budget, or nothing that does keeps the bound.
           ProfileError: a profile is of another model.
         """
+        self.goal, self.tried = goal, []
         for page, window in FAMILIES:
             self._family(CompressionConfig(page_size=page, window_tokens=window))
         for i, profile in enumerate(profiles):
@@ -147,18 +149,17 @@ class Tuner:
             for window in (64, 0):
                 self._profile(CompressionConfig(profile=profile, window_tokens=window))
         best_first = self._best_first()
-        judge = None
         broken = None
         for i, candidate in enumerate(best_first[:VERIFIED]):
             self.progress("paged cache", i / VERIFIED)
-            judge = judge or Judge(
+            self.judge = self.judge or Judge(
                 self.model,
                 self.texts,
                 context_tokens=self.context_tokens,
                 continuation_tokens=self.continuation_tokens,
                 kv_dtype=self.kv_dtype,
             )
-            measured = judge.measure(candidate.config)
+            measured = self.judge.measure(candidate.config)
             broken = self.goal.bound.broken_by(measured.kl, measured.top1)
             if broken is None:
                 self.progress("paged cache", 1.0)

@@ -241,13 +241,12 @@ def _search(
     tuner = Tuner(
         model,
         texts,
-        Goal(bound=bound, bits=bits, length_tokens=length),
         context_tokens=args.context,
         continuation_tokens=args.continuation,
         kv_dtype=args.kv_dtype,
         progress=progress,
     )
-    return tuner.tune(profiles)
+    return tuner.tune(Goal(bound=bound, bits=bits, length_tokens=length), profiles)
 
 
 def _calibrate(
