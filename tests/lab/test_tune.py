@@ -89,6 +89,9 @@ def test_the_tuner_keeps_its_budget_and_more_bits_keep_more(files):
         assert best.bits <= bits and len(found[bits].gains) == model.config.num_layers
         assert all(best.kl <= other.kl for other in found[bits].tried)
     assert found[8.0].tried[0].kl < found[6.0].tried[0].kl
+    uniform = tuner.tune(Goal(bound=bound, length_tokens=1024, uniform=True))
+    assert not any(t.config.floor_layers or t.config.profile for t in uniform.tried)
+    assert uniform.bits == min(t.bits for t in uniform.tried) < found[6.0].bits
     layers = [t.config.floor_layers for t in found[6.0].tried if t.config.floor_layers]
     most = int(np.argmax(found[6.0].gains))
     assert layers and all(most in floors for floors in layers)
@@ -123,6 +126,7 @@ def test_tune_writes_what_eval_takes_and_refuses_what_it_cannot_do(files, tmp_pa
         ((), "expected --bits, --bytes, --kl, --top1 or --check"),
         (("--bytes", "1 parsec"), "expected a number of bytes"),
         (("--kl", "0.1", "--calibrate"), "--calibrate: expected --bits or --bytes"),
+        (("--kl", "1", "--for-vllm", "--profile", "x"), "--for-vllm: expected no calibrated"),
         (("--kl", "-1"), "kl: expected a number of nats, at least 0, got -1"),
         (("--bits", "5", "--check", out), "--check: expected no budget"),
     ):
