@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvcompress_jax.calibrated.calibrate import calibrate, gather
+from kvcompress_jax.calibrated.profile import save_profile
 from kvcompress_jax.cli import main
 from kvcompress_jax.config import RECIPES, CompressionConfig
 from kvcompress_jax.lab.budget import bits_for_code, sequence_bits, sequence_bytes
 from kvcompress_jax.lab.methods.base import Context
 from kvcompress_jax.lab.methods.embedded import Embedded
+from kvcompress_jax.lab.outliers import with_outlier_keys
 from kvcompress_jax.lab.tune import Goal, Tuner
 from kvcompress_jax.models.load import load_model
 from kvcompress_jax.models.runner import cache_layout, make_runner
@@ -175,3 +178,25 @@ def test_the_gate(files, tmp_path, capsys, caplog):
     assert code == 3 and error.count("\n") == 1
     assert "kl: expected at most 1e-09" in error and "language reference" in error
     assert run(capsys, *evaluate, tight, "--force")[0] == 0
+
+
+def test_a_profile_of_a_model_without_outlier_keys_ruins_one_with_them(files, tmp_path, capsys):
+    """The gate sees what a fingerprint made to fit hides; the tuner finds what does no harm."""
+    model, text, _ = files
+    loaded = load_model(model)
+    tokens = loaded.tokenizer.encode(TEXT)[2000:2400]
+    profile = calibrate(loaded, gather(loaded, [tokens]), bits=4.0)
+    disguised = dataclasses.replace(profile, fingerprint=with_outlier_keys(loaded).fingerprint)
+    for name, each in (("own", profile), ("disguised", disguised)):
+        save_profile(tmp_path / f"{name}.safetensors", each)
+        (tmp_path / f"{name}.toml").write_text(
+            f'profile = "{name}.safetensors"\n[bound]\nkl = 0.02\n'
+        )
+    tune = ("tune", "--model", model, "--text", text, *ARGUMENTS, "--out", tmp_path / "out.toml")
+    assert run(capsys, *tune, "--check", tmp_path / "own.toml")[0] == 0
+    harder = (*tune, "--outlier-keys")
+    code, _, error = run(capsys, *harder, "--check", tmp_path / "disguised.toml")
+    assert code == 3 and "disguised.toml: kl: expected at most 0.02 nats per token, got" in error
+    assert run(capsys, *harder, "--kl", 0.02, "--top1", 0.5, "--for-vllm")[0] == 0
+    found = CompressionConfig.from_toml(tmp_path / "out.toml")
+    assert found.measured.kl < 0.02 and found.measured.model.endswith("outlier keys")
