@@ -65,8 +65,8 @@ def with_measurement(
     kv_dtype: str = "bfloat16",
     progress: Progress = lambda stage, share: None,
 ) -> CompressionConfig:
-    """The configuration as the gate lets it through, measured on this model where it has a bound and
-    was not: on the language reference that comes with CPython.
+    """The configuration as the gate lets it through. Where it has a bound that was not measured on
+    this model, it is measured, on the language reference that comes with CPython.
 
     Raises:
       QualityError: the bound is not kept.
