@@ -126,7 +126,7 @@ def test_empty_and_scalar():
 
 
 def test_arrays_that_torch_has_no_type_for_are_refused():
-    with pytest.raises(BridgeError, match="codes: expected one of float32.*got int4"):
+    with pytest.raises(BridgeError, match=r"codes: expected one of float32.*got int4"):
         to_torch(jnp.zeros(64, jnp.int4), "codes")
     with pytest.raises(BridgeError, match="codes: expected an array, got a tracer"):
         jax.jit(lambda x: to_torch(x, "codes"))(jnp.zeros(64))

@@ -126,6 +126,7 @@ def readme_commands() -> list[str]:
 RUN_BY = {
     "make demo": (".ci/run", "--silent demo "),
     "make test": (".ci/run", "--silent test "),
+    "make test-vllm": (".ci/run", "--silent test-vllm "),
     "make lint": (".ci/run", "--silent lint "),
     "make bench": (".ci/run", "--silent bench "),
     "make gpu-gate": (".ci/run", "--silent gpu-gate "),
@@ -136,6 +137,7 @@ RUN_BY = {
         "tests/lab/test_cli.py",
         '"--serve-metrics", port',
     ),
+    ".venv/bin/kvcompress doctor": ("tests/test_doctor.py", 'main(["doctor"'),
     ".venv/bin/kvcompress top": ("tests/metrics/test_top.py", '"top", "--once"'),
     ".venv/bin/kvcompress scrub": ("tests/storage/test_commands.py", '"scrub", folder'),
     ".venv/bin/kvcompress inspect": ("tests/storage/test_commands.py", '"inspect", path'),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvcompress_jax.config import ConfigError
-from kvcompress_jax.interop.vllm import metrics, settings
+from kvcompress_jax.interop.vllm import gate, metrics, settings
 from kvcompress_jax.paged.layout import PAGE_SIZES
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class CompressedPlatform:
 
         Raises:
           ConfigError: names the setting, what was expected and what came.
+          QualityError: the configuration has a bound that the model is not known to keep.
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if vllm_config.model_config is None:
@@ -42,6 +43,8 @@ class CompressedPlatform:
                     f"{name}: expected {expected} with KV compression, got {got}; set"
                     f" {settings.ENABLE_VARIABLE}=0 to run without compression"
                 )
+        model = vllm_config.model_config
+        gate.check(config, model.model, revision=model.revision)
         cache.block_size = config.page_size
         cache.user_specified_block_size = True  # vLLM would choose again
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config

@@ -39,7 +39,10 @@ def read_config(
         "KVCOMPRESS_LEARNED_IMPORTANCE": config.learned_importance,
         "KVCOMPRESS_TELEMETRY_SHARE": config.telemetry_share,
         "KVCOMPRESS_DEMOTE_AFTER_TOKENS": config.demote_after_tokens,
+        "KVCOMPRESS_DISK_PATH": config.disk_path,
+        "KVCOMPRESS_PREFIX_CACHE_BYTES": config.prefix_cache_bytes,
         "floor_layers": config.floor_layers,
+        "bound (KVCOMPRESS_FORCE=1 goes without)": None if config.force else config.bound,
     }
     for name, value in refused.items():
         if value:
