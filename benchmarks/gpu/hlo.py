@@ -1,10 +1,11 @@
 """Bytes that a compiled program moves to and from the device's memory, read off its HLO text.
 
 XLA's own cost analysis says nothing of programs compiled for a device that is not there. Every
-operation reads its operands and writes its result; what a fusion slices or gathers from is read in
-the slice's size, what is updated in place is written in the update's size, and a loop counts as
-often as it runs. A kernel (custom call) reads all of its operands once, but for those that its
-results take the place of: for a case that names every page once, that is what it must read.
+operation reads its operands, each array once, and writes its result; what a fusion slices or
+gathers from is read in the slice's size, what is updated in place is written in the update's size,
+and a loop counts as often as it runs. A kernel (custom call) is taken to read each of its arrays
+once, but for those that its results take the place of: for a case that names every page once, that
+is what it must read. What it reads again inside is not seen from here.
 """
 
 import dataclasses
@@ -126,7 +127,15 @@ def _moved(
     if aliased:
         taken = {int(n) for n in re.findall(r"\((\d+), \{", aliased[0])}
         operands = [name for i, name in enumerate(operands) if i not in taken]
-    return x.bytes + sum(around[name].bytes for name in operands if name in around)
+    sources = {_source(name, around) for name in operands if name in around}
+    return x.bytes + sum(around[name].bytes for name in sources)
+
+
+def _source(name: str, around: Computation) -> str:
+    """The value that a chain of operations only renames: two views of a pool are one array."""
+    while around[name].opcode in TRIVIAL and around[name].operands[0] in around:
+        name = around[name].operands[0]
+    return name
 
 
 def _fusion_bytes(x: Instruction, around: Computation, fused: Computation) -> int:

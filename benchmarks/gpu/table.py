@@ -17,7 +17,9 @@ names, assembled and taken apart:
 - *loads*: load instructions by width in bits; *bulk* ones are asynchronous copies.
 - *tensor*: tensor-core instructions.
 - *temporary*: bytes of the program besides arguments and results.
-- *bytes*: that the program moves over those that any implementation has to move.
+- *bytes*: that the program moves over those that any implementation has to move. It sees copies,
+  conversions and padding around a kernel; a kernel itself is taken to read each array once, and
+  whether it reads something again inside is not seen.
 - *ceiling*: how many times over the instructions of a loop fit in the time that its bytes need,
   for each loop that loads. An upper bound, as if no instruction ever waited: below 1 the loop
   cannot reach the memory's bandwidth, above 1 it may.

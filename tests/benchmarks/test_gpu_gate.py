@@ -201,6 +201,9 @@ def test_bytes_are_read_off_the_program():
     # A pass of the loop reads a row of 1,024 bytes, an index of 4 and 32 bytes, and writes 32; the
     # kernel reads 32 bytes and writes 32, and 100 in the place of its first operand.
     assert hlo.moved_bytes(HLO, trips=10) == 10 * (1024 + 4 + 32 + 32) + 32 + 100 + 32
+    viewed = HLO.replace("%kernel =", "%view = u8[10,10]{1,0} bitcast(%y)\n  %kernel =", 1)
+    viewed = viewed.replace("custom-call(%z, %got)", "custom-call(%z, %got, %y, %view)")
+    assert hlo.moved_bytes(viewed, trips=10) - hlo.moved_bytes(HLO, trips=10) == 32  # y, once
     copied = HLO.replace(
         "ROOT %end = f32[8]{0} get",
         "%more = u8[64,1024]{1,0} copy(%x)\n  ROOT %end = f32[8]{0} get",
