@@ -102,10 +102,8 @@ def attention_triton(
     if plan.sealed:
         fine_of = pools.fine_of[layer[0]] if plan.fine_rows else None
         past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
-        lead = codes.base.shape[:4]
         inputs |= {
-            "base_k": codes.base.reshape(*lead, page_size, dim // 2),
-            "base_v": codes.base.reshape(*lead, dim // 2, page_size),
+            "base": codes.base,
             "key_step": codes.key_step,
             "key_zero": codes.key_zero,
             "value_step": codes.value_step,
@@ -124,8 +122,10 @@ def attention_triton(
     check_addressable(**inputs)
 
     width = tiles * tile
+    # One share needs no merging, and can be as short as the result.
+    dtype = jnp.float32 if plan.splits > 1 else q.dtype
     outputs = {
-        "out": jax.ShapeDtypeStruct((rows, heads, plan.splits, dim, width), jnp.float32),
+        "out": jax.ShapeDtypeStruct((rows, heads, plan.splits, dim, width), dtype),
         "lse": jax.ShapeDtypeStruct((rows, heads, plan.splits, width), jnp.float32),
     }
     if plan.mass:
