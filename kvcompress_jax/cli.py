@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from kvcompress_jax import doctor
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
 from kvcompress_jax.lab import bench_command, calibrate_command, compare_command, tune_command
 from kvcompress_jax.lab.arguments import add_model, at_least_two, read_model
@@ -186,6 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench_command.add_arguments(bench)
     bench.set_defaults(run=bench_command.run)
+
+    doctor.add_arguments(
+        commands.add_parser(
+            "doctor", help="what is installed, what will be used, and why something will not be"
+        )
+    )
 
     top = commands.add_parser("top", help="watch a running process that serves metrics")
     metrics_commands.add_arguments(top)

@@ -40,6 +40,9 @@ class CompressionConfig:
         the median of all sealed pages, while only pages no hotter than the median are demoted for
         their age (hysteresis); at least 1.
       heat_decay: what is left of a page's heat after a step; in (0, 1).
+      disk_path: folder for fine planes that find no room in host memory, and for this cache alone;
+        None: they are lost.
+      disk_bytes: of the files in it.
       prefix_cache_bytes: None: every prompt is fed from its beginning. Otherwise sealed pages stay
         on the device, for later prompts with the same beginning, until there is need of them, and
         so much host memory is for the raw pages of the window at the end of such a beginning;
@@ -69,6 +72,8 @@ class CompressionConfig:
     demote_after_tokens: int | None = None
     floor_layers: tuple[int, ...] = ()
     host_bytes: int = 0
+    disk_path: str | None = None
+    disk_bytes: int = 0
     prefix_cache_bytes: int | None = None
     profile: str | None = None
     promote_heat: float = 2.0
@@ -115,6 +120,17 @@ class CompressionConfig:
             learned = self.learned_importance
             _check(learned is None, "learned_importance", "None with a profile", learned)
         _check(self.host_bytes >= 0, "host_bytes", "at least 0", self.host_bytes)
+        _check(self.disk_bytes >= 0, "disk_bytes", "at least 0", self.disk_bytes)
+        if self.disk_path is not None:
+            _check(self.disk_path != "", "disk_path", "a folder", repr(self.disk_path))
+            _check(self.disk_bytes > 0, "disk_path", "disk_bytes to be more than 0", 0)
+            _check(self.host_bytes > 0, "disk_path", "host_bytes to be more than 0", 0)
+            _check(
+                self.keeps_fine_planes or not self.compresses,
+                "disk_path",
+                "None where no page is demoted (levels=3 with seal_level=1 and no profile)",
+                self.disk_path,
+            )
         prefix = self.prefix_cache_bytes
         _check(
             prefix is None or prefix > 0 or (prefix == 0 and self.window_tokens == 0),
@@ -161,8 +177,9 @@ class CompressionConfig:
         `VLLM_ENABLE_KV_COMPRESSION` (default 1), `VLLM_KV_COMPRESSION_RATIO` (0.5),
         `VLLM_KV_COMPRESSION_LEVELS` (3), `KVCOMPRESS_PAGE_SIZE`, `KVCOMPRESS_WINDOW_TOKENS`,
         `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS`,
-        `KVCOMPRESS_HOST_BYTES`, `KVCOMPRESS_PREFIX_CACHE_BYTES`, `KVCOMPRESS_PROFILE`,
-        `KVCOMPRESS_LEARNED_IMPORTANCE`, `KVCOMPRESS_TELEMETRY_SHARE` and `KVCOMPRESS_FORCE`.
+        `KVCOMPRESS_HOST_BYTES`, `KVCOMPRESS_DISK_BYTES`, `KVCOMPRESS_DISK_PATH`,
+        `KVCOMPRESS_PREFIX_CACHE_BYTES`, `KVCOMPRESS_PROFILE`, `KVCOMPRESS_LEARNED_IMPORTANCE`,
+        `KVCOMPRESS_TELEMETRY_SHARE` and `KVCOMPRESS_FORCE`.
 
         Args:
           environ: variables to read.
@@ -252,6 +269,12 @@ class CompressionConfig:
         floors = bool(self.floor_layers) and self.ratio < 1
         partly = self.levels == 3 and (self.seal_level == 1 or floors)
         return self.compresses and (partly or self.profile is not None)
+
+    @property
+    def keeps_fine_planes(self) -> bool:
+        """Whether pages go from level 1 to 2, and leave a fine plane to be kept."""
+        partly = self.levels == 3 and self.seal_level == 1
+        return self.compresses and partly and self.profile is None
 
     @property
     def shadow_pages(self) -> int:
@@ -366,6 +389,8 @@ _VARIABLES = (
     ("KVCOMPRESS_SEAL_LEVEL", "seal_level", _whole),
     ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "demote_after_tokens", _whole),
     ("KVCOMPRESS_HOST_BYTES", "host_bytes", _whole),
+    ("KVCOMPRESS_DISK_BYTES", "disk_bytes", _whole),
+    ("KVCOMPRESS_DISK_PATH", "disk_path", str),
     ("KVCOMPRESS_PREFIX_CACHE_BYTES", "prefix_cache_bytes", _whole),
     ("KVCOMPRESS_PROFILE", "profile", str),
     ("KVCOMPRESS_LEARNED_IMPORTANCE", "learned_importance", str),
@@ -378,6 +403,7 @@ _TABLES = {"weights": ImportanceWeights, "bound": QualityBound, "measured": Meas
 # Of fields whose default is None.
 _TYPES = {
     "demote_after_tokens": int,
+    "disk_path": str,
     "prefix_cache_bytes": int,
     "profile": str,
     "learned_importance": str,

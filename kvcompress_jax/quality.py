@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Fields that no measurement of fidelity depends on.
 _WITHOUT_EFFECT = frozenset(
-    "bound measured force host_bytes promote_heat heat_decay telemetry_share"
+    "bound measured force host_bytes prefix_cache_bytes promote_heat heat_decay telemetry_share"
     " telemetry_pages".split()
 )
 

@@ -68,6 +68,8 @@ def test_fine_rows(ratio, page_size):
         ("KVCOMPRESS_PAGESIZE", "64", "no such variable, expected one of"),
         ("KVCOMPRESS_SINK_TOKENS", "64", r"expected 0 to 63 \(page_size - 1\), got 64"),
         ("KVCOMPRESS_WINDOW_TOKENS", "-1", "expected at least 0, got -1"),
+        ("KVCOMPRESS_DISK_PATH", "/tmp", "expected disk_bytes to be more than 0, got 0"),
+        ("KVCOMPRESS_DISK_BYTES", "1 GB", "expected a whole number, got '1 GB'"),
         ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "1", "expected None, or at least window_tokens=64"),
     ],
 )
@@ -86,6 +88,16 @@ def test_errors_name_the_variable(variable, value, message):
         ({"promote_heat": 0.5}, "promote_heat: expected at least 1, got 0.5"),
         ({"magnitude": "size"}, "magnitude: expected .*'specification'.*, got size"),
         ({"host_bytes": -1}, "host_bytes: expected at least 0, got -1"),
+        ({"disk_bytes": -1}, "disk_bytes: expected at least 0, got -1"),
+        ({"disk_path": "x"}, "disk_path: expected disk_bytes to be more than 0, got 0"),
+        (
+            {"disk_path": "x", "disk_bytes": 1},
+            "disk_path: expected host_bytes to be more than 0, got 0",
+        ),
+        (
+            {"disk_path": "x", "disk_bytes": 1, "host_bytes": 1, "seal_level": 2},
+            "disk_path: expected None where no page is demoted .*, got x",
+        ),
     ],
 )
 def test_errors_name_the_field(change, message):
@@ -132,3 +144,16 @@ def test_toml_errors(tmp_path, text, message):
 def test_no_such_file(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.toml: expected a TOML file, got: "):
         CompressionConfig.from_toml(tmp_path / "nowhere.toml")
+
+
+def test_the_disk_tier_comes_from_three_variables():
+    environ = {
+        "KVCOMPRESS_DISK_PATH": "/tmp/planes",
+        "KVCOMPRESS_DISK_BYTES": "1000",
+        "KVCOMPRESS_HOST_BYTES": "100",
+    }
+    config = CompressionConfig.from_env(environ)
+    assert (config.disk_path, config.disk_bytes, config.host_bytes) == ("/tmp/planes", 1000, 100)
+    assert not CompressionConfig.from_env(
+        environ | {"VLLM_ENABLE_KV_COMPRESSION": "0"}
+    ).keeps_fine_planes

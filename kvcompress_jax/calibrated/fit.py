@@ -19,6 +19,8 @@ NORMAL_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 8: 0.
 FACTORS = np.geomspace(0.5, 2.5, 12)
 WIDE_FACTORS = np.geomspace(0.75, 3.75, 12)  # of 6 bits and more: tails matter
 SMALLEST_SHARE = 1e-4  # of the metric's largest eigenvalue: no direction is free
+# Of the largest component: a direction that the samples hardly have is not one that no text has.
+SMALLEST_SCALE = 2.0**-8
 PASSES = 2  # which components count in a token's scale depends on the bits, and they on the scale
 
 
@@ -79,7 +81,8 @@ def fit_keys(keys: np.ndarray, metric: np.ndarray, *, bits: int) -> KeyFit:
     centred = keys - mean
     encode, decode = metric_basis(centred, metric)
     z = centred @ encode
-    scale = np.maximum(np.sqrt((z**2).mean(axis=0)), np.finfo(np.float32).tiny)
+    scale = np.sqrt((z**2).mean(axis=0))
+    scale = np.maximum(scale, max(SMALLEST_SCALE * scale.max(), np.finfo(np.float32).tiny))
     coded = np.ones(z.shape[1], bool)
     for _ in range(PASSES):
         token = _token_scale(z[:, coded], scale[coded])
@@ -127,7 +130,9 @@ def _distortions(z: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]
       weight: f32[tokens], the square of what they were scaled by.
     """
     tokens = z.shape[0]
-    spread = jnp.maximum(jnp.sqrt(jnp.mean(z**2, axis=0)), np.finfo(np.float32).tiny)
+    spread = jnp.sqrt(jnp.mean(z**2, axis=0))
+    least = jnp.maximum(SMALLEST_SCALE * jnp.max(spread), np.finfo(np.float32).tiny)
+    spread = jnp.maximum(spread, least)
     distortion, steps = [weight @ z**2 / tokens], [jnp.zeros_like(spread)]
     for width in WIDTHS[1:]:
         factors = WIDE_FACTORS if width >= 6 else FACTORS

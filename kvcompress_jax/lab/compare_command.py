@@ -75,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --bits, for the retrieval heat map (default: the rate closest to 4.5)",
     )
     parser.add_argument(
+        "--no-heat-map", action="store_true", help="leave it out: it is half of the work"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("kvcompress-compare"),
@@ -119,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         window=args.window,
         facts=args.facts,
         profiles=tuple(args.profile),
-        heat_bits=heat if args.facts else None,
+        heat_bits=heat if args.facts and not args.no_heat_map else None,
     )
     texts = {path.stem: load_text(path) for path in args.text or []}
     texts = texts or {"language reference": load_text()}

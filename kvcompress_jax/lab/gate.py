@@ -7,7 +7,7 @@ from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.lab.evaluate import Evaluator
 from kvcompress_jax.lab.texts import load_text
 from kvcompress_jax.models.load import Model
-from kvcompress_jax.quality import Measured, settings_digest, unmeasured
+from kvcompress_jax.quality import Measured, admit, settings_digest, unmeasured
 
 BUILT_IN = "language reference"
 CONTEXT_TOKENS, CONTINUATION_TOKENS = 1024, 256  # of a measurement that nobody asked for
@@ -65,13 +65,15 @@ def with_measurement(
     kv_dtype: str = "bfloat16",
     progress: Progress = lambda stage, share: None,
 ) -> CompressionConfig:
-    """The configuration, measured on this model where it has a bound and was not: on the language
-    reference that comes with CPython.
+    """The configuration as the gate lets it through. Where it has a bound that was not measured on
+    this model, it is measured, on the language reference that comes with CPython.
 
     Raises:
+      QualityError: the bound is not kept.
       TextError: the model has no tokenizer.
     """
     if config.force or unmeasured(config, model.fingerprint) is None:
+        admit(config, model.fingerprint)
         return config
     progress("quality gate", 0.0)
     room = model.config.max_positions
@@ -86,4 +88,6 @@ def with_measurement(
     progress("quality gate", 0.5)
     measured = judge.measure(config)
     progress("quality gate", 1.0)
-    return dataclasses.replace(config, measured=measured)
+    config = dataclasses.replace(config, measured=measured)
+    admit(config, model.fingerprint)
+    return config

@@ -40,11 +40,13 @@ class Goal:
       bits: stored bits per value of the cache of one sequence, everything counted, at most; None:
         as few as the bound allows.
       length_tokens: of that sequence.
+      uniform: the same for all layers, and no calibrated codes.
     """
 
     bound: QualityBound
     bits: float | None = None
     length_tokens: int = 8192
+    uniform: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class Tuned:
       bits: of the cache of a sequence of the goal's length.
       tried: everything that was measured, best first.
       gains: per layer, nats of KL less when its sealed pages have both planes and no other
-        layer's have; empty where only calibrated codes fit.
+        layer's have; empty where that was not asked.
     """
 
     config: CompressionConfig
@@ -88,7 +90,6 @@ class Tuner:
         self,
         model: Model,
         texts: Mapping[str, str],
-        goal: Goal,
         *,
         context_tokens: int = 1024,
         continuation_tokens: int = 256,
@@ -100,7 +101,6 @@ class Tuner:
         Args:
           model: with a tokenizer.
           texts: by name, each of at least context_tokens + continuation_tokens tokens.
-          goal: what is asked for.
           context_tokens: that are compressed.
           continuation_tokens: that are teacher-forced on the compressed context.
           kv_dtype: of level 0 and of the uncompressed cache.
@@ -109,7 +109,7 @@ class Tuner:
         Raises:
           TextError: a text is too short, or too long for the model, or the model has no tokenizer.
         """
-        self.model, self.texts, self.goal = model, texts, goal
+        self.model, self.texts = model, texts
         self.context_tokens, self.continuation_tokens = context_tokens, continuation_tokens
         self.kv_dtype, self.progress = kv_dtype, progress
         progress("uncompressed model", 0.0)
@@ -126,20 +126,24 @@ class Tuner:
                 )
             )
             progress("uncompressed model", len(self.benches) / len(texts))
+        self.judge: Judge | None = None
+        self.goal = Goal(bound=QualityBound(kl=0.0))
         self.tried: list[Candidate] = []
         self.order: list[int] = []
         self.gains: tuple[float, ...] = ()
 
-    def tune(self, profiles: Sequence[str] = ()) -> Tuned:
+    def tune(self, goal: Goal, profiles: Sequence[str] = ()) -> Tuned:
         """Searches.
 
         Args:
+          goal: what is asked for.
           profiles: files of codes that were calibrated to the model, for pages of 64 tokens.
 
         Raises:
           QualityError: nothing fits the budget, or nothing that does keeps the bound.
           ProfileError: a profile is of another model.
         """
+        self.goal, self.tried = goal, []
         for page, window in FAMILIES:
             self._family(CompressionConfig(page_size=page, window_tokens=window))
         for i, profile in enumerate(profiles):
@@ -147,18 +151,17 @@ class Tuner:
             for window in (64, 0):
                 self._profile(CompressionConfig(profile=profile, window_tokens=window))
         best_first = self._best_first()
-        judge = None
         broken = None
         for i, candidate in enumerate(best_first[:VERIFIED]):
             self.progress("paged cache", i / VERIFIED)
-            judge = judge or Judge(
+            self.judge = self.judge or Judge(
                 self.model,
                 self.texts,
                 context_tokens=self.context_tokens,
                 continuation_tokens=self.continuation_tokens,
                 kv_dtype=self.kv_dtype,
             )
-            measured = judge.measure(candidate.config)
+            measured = self.judge.measure(candidate.config)
             broken = self.goal.bound.broken_by(measured.kl, measured.top1)
             if broken is None:
                 self.progress("paged cache", 1.0)
@@ -214,16 +217,17 @@ class Tuner:
                 [p.refined(c, rows) for p, c in zip(planes, contexts, strict=True)]
             )
 
-        if not self.order:
+        if not self.order and not self.goal.uniform:
             self._sensitivity(measure, config.page_size)
+        order = list(range(layers)) if self.goal.uniform else self.order
         known: dict[tuple[float, int], Candidate] = {}
 
         def attempt(ratio: float, count: int) -> Candidate:
             ratio = ratio if count else 1.0  # with no layer refined all shares are the same
             if (ratio, count) not in known:
-                tried = _layered(config, ratio, self.order[:count], layers)
+                tried = _layered(config, ratio, order[:count], layers)
                 rows = np.zeros(layers, int)
-                rows[self.order[:count]] = tried.refined_tokens(config.page_size)
+                rows[order[:count]] = tried.refined_tokens(config.page_size)
                 kl, top1 = measure(rows)
                 known[ratio, count] = Candidate(
                     config=tried, bits=self._bits(tried), kl=kl, top1=top1
@@ -231,13 +235,12 @@ class Tuner:
             return known[ratio, count]
 
         for i, ratio in enumerate(RATIOS):
-            fitting = [
-                n
-                for n in range(layers + 1)
-                if self._fits(_layered(config, ratio, self.order[:n], layers))
-            ]
+            counts = (0, layers) if self.goal.uniform else range(layers + 1)
+            fitting = [n for n in counts if self._fits(_layered(config, ratio, order[:n], layers))]
             attempt(ratio, fitting[-1])
-            if self.goal.bits is None:
+            if self.goal.bits is None and self.goal.uniform:
+                attempt(ratio, 0)
+            elif self.goal.bits is None:
                 self._fewest(functools.partial(attempt, ratio), layers)
             self.progress(stage, (i + 1) / len(RATIOS))
         self.tried += known.values()

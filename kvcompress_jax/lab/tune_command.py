@@ -81,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make a profile for the budget as well, beside the output; takes minutes more",
     )
     parser.add_argument(
+        "--for-vllm",
+        action="store_true",
+        help="only what the vLLM plug-in can do: all layers alike, no calibrated code",
+    )
+    parser.add_argument(
         "--check",
         type=Path,
         metavar="FILE.toml",
@@ -139,6 +144,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--check: expected no budget and no profile beside it")
     if args.calibrate and not budget:
         raise ConfigError("--calibrate: expected --bits or --bytes with it")
+    if args.for_vllm and (args.profile or args.calibrate):
+        raise ConfigError("--for-vllm: expected no calibrated code beside it")
     checked = CompressionConfig.from_toml(args.check) if args.check else None
     bound = checked.bound if checked is not None and not bounded else None
     try:
@@ -241,13 +248,13 @@ def _search(
     tuner = Tuner(
         model,
         texts,
-        Goal(bound=bound, bits=bits, length_tokens=length),
         context_tokens=args.context,
         continuation_tokens=args.continuation,
         kv_dtype=args.kv_dtype,
         progress=progress,
     )
-    return tuner.tune(profiles)
+    goal = Goal(bound=bound, bits=bits, length_tokens=length, uniform=args.for_vllm)
+    return tuner.tune(goal, profiles)
 
 
 def _calibrate(

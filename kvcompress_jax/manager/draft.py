@@ -1,6 +1,8 @@
 """A plan in the making."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence as ListOf
 from collections.abc import Sized
 
 import numpy as np
@@ -48,17 +50,19 @@ class Draft:
             )
             if self.tables
             else None,
-            seals=Sealing(
-                raw=_padded([s[0] for s in self.seals]),
-                page=_padded([s[1] for s in self.seals]),
-                chunks=_padded([s[2] for s in self.seals], layout.layers),
-                first=_padded([s[3] for s in self.seals]),
-                sink=_padded([s[4] for s in self.seals]),
-                count=_count(self.seals),
-                shadow=None if self.shadows is None else _padded(self.shadows),
-            )
-            if self.seals
-            else None,
+            seals=self._sealing(layout) if self.seals else None,
+        )
+
+    def _sealing(self, layout: CacheLayout) -> Sealing:
+        raw, page, chunks, first, sink = zip(*self.seals, strict=True)
+        return Sealing(
+            raw=_padded(raw),
+            page=_padded(page),
+            chunks=_padded(chunks, layout.layers),
+            first=_padded(first),
+            sink=_padded(sink),
+            count=_count(self.seals),
+            shadow=None if self.shadows is None else _padded(self.shadows),
         )
 
     def _uploads(self, layout: CacheLayout) -> FineUpload:
@@ -72,11 +76,16 @@ class Draft:
         return FineUpload(chunk=chunk, fine=fine, count=np.int32(n))
 
 
-def _padded(entries: list, width: int | None = None) -> np.ndarray:
-    out = np.full(ENTRIES if width is None else (ENTRIES, width), NONE, np.int32)
+def _padded(entries: ListOf, width: int | None = None) -> np.ndarray:
+    out = _blank(width).copy()
     if entries:
         out[: len(entries)] = entries
     return out
+
+
+@functools.cache
+def _blank(width: int | None) -> np.ndarray:
+    return np.full(ENTRIES if width is None else (ENTRIES, width), NONE, np.int32)
 
 
 def _count(entries: Sized) -> np.int32:

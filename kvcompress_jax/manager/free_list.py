@@ -29,7 +29,7 @@ class FreeList:
         self.name = name
         self.capacity = capacity
         self._free = list(range(capacity - 1, -1, -1))
-        self._used = bytearray(capacity)
+        self._used: set[int] = set()
         self._most = {tenant: int(share * capacity) for tenant, share in shares.items()}
         self._has = dict.fromkeys(self._most, 0)
 
@@ -42,7 +42,7 @@ class FreeList:
         return self.capacity - len(self._free)
 
     def is_used(self, i: int) -> bool:
-        return bool(self._used[i])
+        return i in self._used
 
     def used_by(self, tenant: str) -> int:
         """Ids of a tenant that has a share."""
@@ -76,13 +76,13 @@ class FreeList:
         Raises:
           OutOfPagesError: fewer are free for this tenant.
         """
-        self.require(count, tenant)
+        if self._most or count > len(self._free):
+            self.require(count, tenant)
         if count == 0:
             return []
         ids = self._free[: -count - 1 : -1]
         del self._free[-count:]
-        for i in ids:
-            self._used[i] = 1
+        self._used.update(ids)
         if tenant in self._has:
             self._has[tenant] += count
         return ids
@@ -91,12 +91,13 @@ class FreeList:
         """Returns ids of a tenant.
 
         Raises:
-          ValueError: an id is not in use; ids before it were returned.
+          ValueError: an id is not in use, or there twice; none was returned.
         """
-        for i in ids:
-            if not 0 <= i < self.capacity or not self._used[i]:
-                raise ValueError(f"{self.name}: expected an id in use, got {i}")
-            self._used[i] = 0
-            self._free.append(i)
-            if tenant in self._has:
-                self._has[tenant] -= 1
+        back = list(ids)
+        if not self._used.issuperset(back) or len(set(back)) < len(back):
+            wrong = next((i for i in back if i not in self._used), back)
+            raise ValueError(f"{self.name}: expected an id in use, got {wrong}")
+        self._used.difference_update(back)
+        self._free += back
+        if tenant in self._has:
+            self._has[tenant] -= len(back)

@@ -1,5 +1,7 @@
 """Fine planes that left the device, for pages that were demoted and may be promoted again."""
 
+import logging
+import secrets
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -8,6 +10,9 @@ import numpy as np
 
 from kvcompress_jax.manager.free_list import NO_SHARES
 from kvcompress_jax.manager.host_budget import HostBudget
+from kvcompress_jax.storage.stats import DiskStats
+
+logger = logging.getLogger(__name__)
 
 
 class Below(Protocol):
@@ -32,6 +37,10 @@ class Below(Protocol):
 
     def settle(self) -> list[bytes]: ...
 
+    def stats(self) -> DiskStats: ...
+
+    def verify(self) -> None: ...
+
 
 class HostTier:
     """Keeps fine planes by page uid within a budget in bytes; the oldest ones go first: to disk,
@@ -53,7 +62,8 @@ class HostTier:
         self._budget: HostBudget[int] = HostBudget(budget_bytes, shares)
         self._planes: dict[int, jax.Array | np.ndarray] = {}
         self._arriving: list[int] = []
-        self._disk = disk
+        self.disk = disk
+        self._name = secrets.token_bytes(8)  # uids begin anew in the next one on the same disk
         self._below: set[int] = set()  # uids that were given to the disk
 
     @property
@@ -69,11 +79,11 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._planes) + len(self._below)
 
-    def __contains__(self, uid: object) -> bool:
+    def __contains__(self, uid: int) -> bool:
         """Whether the planes are in memory or on disk."""
         if uid in self._planes:
             return True
-        return uid in self._below and self._disk is not None and _key(uid) in self._disk
+        return uid in self._below and self.disk is not None and self._key(uid) in self.disk
 
     def put(self, uid: int, planes: jax.Array | np.ndarray, tenant: str = "") -> None:
         """Keeps u8[layers, 2, heads, fine_rows * dim/2]. The copy of a device array to the host
@@ -96,14 +106,14 @@ class HostTier:
         and `settle` names the page when they arrived."""
         if uid in self._planes:
             return True
-        return uid in self and self._disk is not None and self._disk.get(_key(uid)) is not None
+        return uid in self and self.disk is not None and self.disk.get(self._key(uid)) is not None
 
     def take(self, uid: int) -> np.ndarray:
         """Removes and returns the planes of a page; KeyError if they are not `ready`."""
         if uid in self._planes:
             self._budget.drop(uid)
             return np.asarray(self._planes.pop(uid))
-        found = self._disk.get(_key(uid)) if uid in self and self._disk is not None else None
+        found = self.disk.get(self._key(uid)) if uid in self and self.disk is not None else None
         if found is None:
             raise KeyError(uid)
         planes = found["fine"]
@@ -114,9 +124,9 @@ class HostTier:
         """Forgets the planes of a page, if they are here."""
         if self._planes.pop(uid, None) is not None:
             self._budget.drop(uid)
-        if uid in self._below and self._disk is not None:
+        if uid in self._below and self.disk is not None:
             self._below.discard(uid)
-            self._disk.drop(_key(uid))
+            self.disk.drop(self._key(uid))
 
     def settle(self) -> list[int]:
         """Ends the copies that `put` began: what they took on the device is freed.
@@ -126,23 +136,31 @@ class HostTier:
         """
         for uid in self._arriving:
             if uid in self._planes:
-                self._planes[uid] = np.asarray(self._planes[uid])
+                try:
+                    self._planes[uid] = np.asarray(self._planes[uid])
+                except MemoryError as e:
+                    logger.warning("fine planes of a page are lost: no host memory: %s", e)
+                    self.drop(uid)
+                    self.dropped += 1
         self._arriving.clear()
-        if self._disk is None:
+        if self.disk is None:
             return []
-        return [int.from_bytes(key, "little") for key in self._disk.settle()]
+        ours = [k for k in self.disk.settle() if k.startswith(self._name)]
+        return [int.from_bytes(key[len(self._name) :], "little") for key in ours]
+
+    def measured_bytes(self) -> int:
+        """Of the arrays that are in memory; to be `used_bytes`."""
+        return sum(x.nbytes for x in self._planes.values())
 
     def _sink(self, uid: int) -> None:
         planes = np.asarray(self._planes.pop(uid))
-        # Of no use after this process: uids begin anew.
-        if self._disk is not None and self._disk.put(
-            _key(uid), {"fine": planes}, level=2, durable=False
+        # Of no use after this process.
+        if self.disk is not None and self.disk.put(
+            self._key(uid), {"fine": planes}, level=2, durable=False
         ):
             self._below.add(uid)
         else:
             self.dropped += 1
 
-
-def _key(uid: object) -> bytes:
-    assert isinstance(uid, int)
-    return uid.to_bytes(8, "little")
+    def _key(self, uid: int) -> bytes:
+        return self._name + uid.to_bytes(8, "little")

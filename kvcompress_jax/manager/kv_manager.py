@@ -274,6 +274,8 @@ class KVCacheManager:
         while (plan := self.plan(cache)) is not None:
             cache = self.device.apply(cache, plan)
             self.commit(cache)
+            if not (self._control.more or self._lives.copies):
+                break
         return cache
 
     def plan(self, cache: PagedCache | None = None) -> Plan | None:

@@ -53,6 +53,7 @@ class LevelControl:
         self._cold: dict[str, deque[Page]] = {}  # of each tenant
         self._waiting: dict[int, Page] = {}  # their fine planes are on their way from the disk
         self._look_at_old = False
+        self.more = False  # whether the next plan may have something to do at once
 
     def ask(self, level: int, pages: Iterable[Page]) -> None:
         """Asks the next plans for a level."""
@@ -84,9 +85,18 @@ class LevelControl:
                     self.counters.refusals += 1
         self._demote_old(draft, cache)
         self._promote_hot(draft, cache)
-        for page in self._schedule.leaving():
+        leaving = self._schedule.leaving()
+        for page in leaving:
             if len(draft.seals) == ENTRIES or not self._seal(page, draft, cache):
                 break
+        # More may be due when the plan was full, or when a page is old enough once it is sealed.
+        ageing = bool(draft.seals) and self.config.demote_after_tokens is not None
+        self.more = (
+            ageing
+            or len(leaving) > len(draft.seals)
+            or len(draft.tables) == ENTRIES
+            or bool(self._asked or self._hot or self._look_at_old)
+        )
 
     def commit(self, cache: PagedCache) -> None:
         """Confirms the seals of the last plan; see `KVCacheManager.commit`."""

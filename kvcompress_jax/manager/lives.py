@@ -84,10 +84,13 @@ class Lives:
         length = sequence.length
         position = np.arange(length, length + tokens)
         first = length // size  # page of the first new token
-        new = self._new_pages(sequence, -(-(length + tokens) // size) + -length // size)
-        raw_of = [] if length % size == 0 else [self._tables.last_raw[sequence.row]]
-        for raw in new:
-            self._add_page(sequence, raw)
+        have = -(-length // size)
+        new = self.store.raw.take(-(-(length + tokens) // size) - have, sequence.tenant)
+        raw_of = [] if have == first else [self._tables.last_raw[sequence.row]]
+        for index, raw in enumerate(new, start=have):
+            page = self.store.new_page(index, raw, sequence.tenant)
+            self.store.adopt(sequence, page)
+            self._tables.add_raw(sequence.row, page)
             raw_of.append(raw)
         sequence.length = length + tokens
         return (np.array(raw_of)[position // size - first] * size + position % size).astype(
@@ -100,20 +103,23 @@ class Lives:
         store, tables = self.store, self._tables
         size = store.layout.page_size
         rows = self.rows(sequence_ids)
-        position = tables.length[rows]
+        position = tables.length.take(rows)
         offset = position % size
-        starting = np.flatnonzero(offset == 0)
+        starting = (offset == 0).nonzero()[0]
         if len(starting):
             sequences = [store.sequences[sequence_ids[i]] for i in starting.tolist()]
             if store.shares:
                 self.require_raw([(s, 1) for s in sequences])
-                new = [self._new_pages(s, 1)[0] for s in sequences]
+                new = [store.raw.take(1, s.tenant)[0] for s in sequences]
             else:
                 new = store.raw.take(len(sequences))
-            for sequence, raw in zip(sequences, new, strict=True):
-                self._add_page(sequence, raw)
+            indices = (position[starting] // size).tolist()
+            for sequence, index, raw in zip(sequences, indices, new, strict=True):
+                page = store.new_page(index, raw, sequence.tenant)
+                store.adopt(sequence, page)
+                tables.add_raw(sequence.row, page)
         tables.length[rows] = position + 1
-        return position, tables.last_raw[rows] * np.int32(size) + offset
+        return position, tables.last_raw.take(rows) * np.int32(size) + offset
 
     def require_raw(self, pages: ListOf[tuple[Sequence, int]]) -> None:
         """Raises OutOfPagesError if there are not so many raw pages for the sequences together."""
@@ -131,16 +137,6 @@ class Lives:
         """Raw pages that so many more tokens take."""
         size = self.store.layout.page_size
         return -(-(sequence.length + tokens) // size) + -sequence.length // size
-
-    def _new_pages(self, sequence: Sequence, count: int) -> list[int]:
-        return self.store.raw.take(count, sequence.tenant)
-
-    def _add_page(self, sequence: Sequence, raw: int) -> None:
-        index = sequence.pages[-1].index + 1 if sequence.pages else 0
-        index = max(index, -(-sequence.length // self.store.layout.page_size))
-        page = self.store.new_page(index, raw, sequence.tenant)
-        self.store.adopt(sequence, page)
-        self._tables.add_raw(sequence.row, page)
 
     def fork(self, parent: Sequence) -> Sequence:
         """A second sequence with the same tokens."""

@@ -28,24 +28,33 @@ class Schedule:
         """The pages of a sequence changed."""
         if self._config.compresses:
             window = self._config.window_tokens
-            self._seal_at[sequence.row] = self._end(sequence, sequence.settled) + window
+            end = self._end(sequence, sequence.settled, sequence.length)
+            self._seal_at[sequence.row] = end + window
         if self._config.demote_after_tokens is not None:
             after = self._config.demote_after_tokens
-            self._age_at[sequence.row] = self._end(sequence, sequence.aged) + after
+            end = self._end(sequence, sequence.aged, sequence.length)
+            self._age_at[sequence.row] = end + after
 
     def leaving(self) -> list[Page]:
         """Raw pages that left the window of all their owners, each once, oldest sequence first."""
         due: dict[int, Page] = {}
+        window, size = self._config.window_tokens, self._store.layout.page_size
         for sequence in self._ringing(self._seal_at):
-            pages, size = sequence.pages, self._store.layout.page_size
-            while sequence.settled < len(pages) and _at_rest(pages[sequence.settled]):
-                sequence.settled += 1
-            for page in pages[sequence.settled :]:
-                if sequence.length - (page.index + 1) * size < self._config.window_tokens:
-                    break
-                if not _at_rest(page) and self._store.age(page) >= self._config.window_tokens:
+            pages, first, length = sequence.pages, sequence.settled, sequence.length
+            count = len(pages)
+            while first < count and (pages[first].sealed != NONE or pages[first].unsealable):
+                first += 1
+            sequence.settled = first
+            at = first
+            while at < count and length - (pages[at].index + 1) * size >= window:
+                page = pages[at]
+                at += 1
+                if page.sealed != NONE or page.unsealable:
+                    continue
+                if len(page.owners) == 1 or self._store.age(page) >= window:
                     due[page.uid] = page
-            self.reset(sequence)
+            # A page that stays raw, for lack of room or for another owner, rings again.
+            self._seal_at[sequence.row] = self._end(sequence, first, length) + window
         return list(due.values())
 
     def ageing(self) -> bool:
@@ -67,17 +76,15 @@ class Schedule:
         return found
 
     def _ringing(self, alarm: np.ndarray) -> list[Sequence]:
-        rows = np.flatnonzero(self._lengths >= alarm).tolist()
-        found = [self._store.by_row[row] for row in rows]
+        rows = (self._lengths >= alarm).nonzero()[0]
+        if not len(rows):
+            return []
+        found = [self._store.by_row[row] for row in rows.tolist()]
         return sorted((s for s in found if s is not None), key=lambda s: s.id)
 
-    def _end(self, sequence: Sequence, first: int) -> int:
+    def _end(self, sequence: Sequence, first: int, length: int) -> int:
         """Tokens up to the end of page number `first` of the sequence, which may not exist yet."""
         size = self._store.layout.page_size
         if first < len(sequence.pages):
             return (sequence.pages[first].index + 1) * size
-        return (-(-sequence.length // size) + 1) * size
-
-
-def _at_rest(page: Page) -> bool:
-    return page.sealed != NONE or page.unsealable
+        return (-(-length // size) + 1) * size

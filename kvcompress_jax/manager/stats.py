@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from kvcompress_jax.manager.page import NONE, Page
 from kvcompress_jax.paged.layout import INDEX_BYTES
+from kvcompress_jax.storage.stats import DiskStats
 
 if TYPE_CHECKING:
     from kvcompress_jax.manager.kv_manager import KVCacheManager
@@ -50,6 +51,20 @@ class CompressionStats(TypedDict):
     forks: int
     preemptions: int
     resumes: int
+    disk_budget_bytes: int  # 0: there is no disk tier
+    disk_bytes: int  # of page files
+    disk_queue_bytes: int  # host memory of planes on their way to the disk, or just read
+    disk_pages: int
+    disk_pages_written: int
+    disk_pages_read: int
+    disk_hits: int
+    disk_misses: int
+    disk_pages_dropped: int  # for lack of room on disk
+    disk_pages_refused: int  # not taken: too much waits to be written
+    disk_pages_lost: int  # could not be written
+    disk_pages_damaged: int  # could not be read back as they were written
+    disk_files_skipped: int  # found at the start, and of no use
+    disk_errors: int  # of the system
     telemetry_samples: int  # queries of query heads, all layers; 0: nothing was measured
     telemetry_output_error_mean: float | None  # relative error of the attention output
     telemetry_output_error_max: float | None
@@ -82,6 +97,7 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
     counts = manager.counters
     errors = manager.shadows.errors()
     samples = sum(errors.samples)
+    disk = manager.host.disk.stats() if manager.host.disk is not None else DiskStats()
     return CompressionStats(
         memory_saved_mb=(uncompressed - allocated) / 1e6,
         avg_compression_ratio=uncompressed / allocated if allocated else 1.0,
@@ -118,6 +134,20 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
         forks=counts.forks,
         preemptions=counts.preemptions,
         resumes=counts.resumes,
+        disk_budget_bytes=disk.budget_bytes,
+        disk_bytes=disk.used_bytes,
+        disk_queue_bytes=disk.queued_bytes + disk.arrived_bytes,
+        disk_pages=disk.pages,
+        disk_pages_written=disk.written,
+        disk_pages_read=disk.read,
+        disk_hits=disk.hits,
+        disk_misses=disk.misses,
+        disk_pages_dropped=disk.dropped,
+        disk_pages_refused=disk.refused,
+        disk_pages_lost=disk.lost,
+        disk_pages_damaged=disk.damaged,
+        disk_files_skipped=disk.skipped,
+        disk_errors=disk.errors,
         telemetry_samples=samples,
         telemetry_output_error_mean=_mean(errors.output_mean, errors.samples),
         telemetry_output_error_max=max(errors.output_max) if samples else None,

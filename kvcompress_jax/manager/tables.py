@@ -20,19 +20,20 @@ class TableRows:
     def __init__(self, max_sequences: int) -> None:
         self._ids = [np.zeros((max_sequences, NARROWEST), np.int32) for _ in range(2)]
         self._index = [np.zeros((max_sequences, NARROWEST), np.int32) for _ in range(2)]
-        self._count = np.zeros((2, max_sequences), np.int32)
-        self._sink = np.full(max_sequences, NONE, np.int32)
-        self.length = np.zeros(max_sequences, np.int32)
+        self._small = np.zeros((4, max_sequences), np.int32)
+        self._small[3] = NONE
+        # Views: one copy takes all of them.
+        self._count, self.length, self._sink = self._small[:2], self._small[2], self._small[3]
         self.last_raw = np.zeros(max_sequences, np.int32)
         self._changes = [0, 0]  # of the tables of each kind, so far
-        self._cut: list[tuple[object, np.ndarray, np.ndarray] | None] = [None, None]
+        self._cut: list[tuple[np.ndarray, object, np.ndarray, np.ndarray] | None] = [None, None]
 
     def clear(self, row: int) -> None:
         """Makes a row that of an empty sequence."""
         self._count[:, row] = 0
         self._sink[row] = NONE
         self.length[row] = 0
-        self._changes = [n + 1 for n in self._changes]
+        self._changed()
 
     def refresh(self, sequence: Sequence) -> None:
         """Rewrites the row of a sequence whose pages changed."""
@@ -47,7 +48,7 @@ class TableRows:
         self._sink[row] = sealed[0].sink if sealed and sealed[0].index == 0 else NONE
         if raw:
             self.last_raw[row] = raw[-1].raw
-        self._changes = [n + 1 for n in self._changes]
+        self._changed()
 
     def add_raw(self, row: int, page: Page) -> None:
         """The sequence has a new page, its last one."""
@@ -72,48 +73,50 @@ class TableRows:
         self._count[_SEALED, row] = count + 1
         if page.index == 0:
             self._sink[row] = page.sink
-        self._changes = [n + 1 for n in self._changes]
+        self._changed()
+
+    def _changed(self) -> None:
+        self._changes[_SEALED] += 1
+        self._changes[_RAW] += 1
 
     def table(self, rows: np.ndarray, padded_rows: int, sealed_columns: int | None) -> PageTable:
         """The table of some rows; see `KVCacheManager.table`. Its arrays never change: what did not
-        change since the last call for the same rows is handed out again."""
+        change since the last call with the same array of rows is handed out again."""
 
         def pad(x: np.ndarray) -> np.ndarray:
-            picked = x[rows]
             if len(rows) == padded_rows:
-                return picked
+                return x.take(rows, axis=0)
             out = np.zeros((padded_rows, *x.shape[1:]), np.int32)
-            out[: len(rows)] = picked
+            out[: len(rows)] = x[rows]
             return out
 
-        count = self._count[:, rows]
+        small = np.zeros((4, padded_rows), np.int32)
+        small[3, len(rows) :] = NONE
+        self._small.take(rows, axis=1, out=small[:, : len(rows)])
         ids, index = [], []
         for kind in range(2):
-            width = _power_of_two(int(count[kind].max(initial=0)))
+            width = _power_of_two(int(small[kind].max(initial=0)))
             if kind == _SEALED and sealed_columns is not None:
                 width = sealed_columns
-            have = self._ids[kind].shape[1]
-            if width > have:
-                self._widen(kind, width)
-            key = (self._changes[kind], width, padded_rows, rows.tobytes())
+            self._widen(kind, width)
             cut = self._cut[kind]
-            if cut is None or cut[0] != key:
-                whole = slice(None) if width == have else slice(width)
-                columns = (self._ids[kind][:, whole], self._index[kind][:, whole])
-                cut = self._cut[kind] = (key, pad(columns[0]), pad(columns[1]))
-            ids.append(cut[1])
-            index.append(cut[2])
-        sink = np.full(padded_rows, NONE, np.int32)
-        sink[: len(rows)] = self._sink[rows]
+            key = (self._changes[kind], width, padded_rows)
+            if cut is None or cut[0] is not rows or cut[1] != key:
+                columns = (self._ids[kind], self._index[kind])
+                if width < columns[0].shape[1]:
+                    columns = (columns[0][:, :width], columns[1][:, :width])
+                cut = self._cut[kind] = (rows, key, pad(columns[0]), pad(columns[1]))
+            ids.append(cut[2])
+            index.append(cut[3])
         return PageTable(
             sealed=ids[_SEALED],
             sealed_index=index[_SEALED],
-            sealed_count=pad(self._count[_SEALED]),
+            sealed_count=small[_SEALED],
             raw=ids[_RAW],
             raw_index=index[_RAW],
-            raw_count=pad(self._count[_RAW]),
-            sink=sink,
-            length=pad(self.length),
+            raw_count=small[_RAW],
+            sink=small[3],
+            length=small[2],
         )
 
     def _widen(self, kind: int, columns: int) -> None:

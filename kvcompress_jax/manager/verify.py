@@ -30,6 +30,7 @@ def verify(manager: KVCacheManager, cache: PagedCache) -> None:
     _verify_sequences(manager, expect)
     _verify_prefixes(manager, expect)
     _verify_device(manager, cache, expect)
+    _verify_tiers(manager, wrong, expect)
     if wrong:
         raise AssertionError("\n".join(wrong))
 
@@ -135,3 +136,15 @@ def _verify_device(manager: KVCacheManager, cache: PagedCache, expect: Expect) -
         if page.sealed != NONE and not page.pending:
             expect(f"page {page.uid}: fine_of", page.chunks, tuple(fine_of[:, page.sealed]))
             expect(f"page {page.uid}: sealed", True, bool(sealed[page.sealed]))
+
+
+def _verify_tiers(manager: KVCacheManager, wrong: list[str], expect: Expect) -> None:
+    """Host memory and disk have the bytes that are claimed, within their budgets."""
+    host = manager.host
+    expect("bytes of the host tier", host.used_bytes, host.measured_bytes())
+    expect("host tier over its budget", 0, max(0, host.used_bytes - host.budget_bytes))
+    if host.disk is not None:
+        try:
+            host.disk.verify()
+        except (AssertionError, TimeoutError) as e:
+            wrong.append(str(e))

@@ -15,6 +15,7 @@ import numpy as np
 from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.manager import NO_SHARES, KVCacheManager, pools_for_tokens
+from kvcompress_jax.manager.disk import open_disk_tier
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.decoder import decode, logits
 from kvcompress_jax.models.load import Model
@@ -192,6 +193,7 @@ class Runner:
         self.tenant_shares = tenant_shares
         self._code = None if profile is None else profile.code(layer_frequencies(model.config))
         self._learned = learned
+        self.disk = open_disk_tier(config, self.layout, model_fingerprint=model.fingerprint)
         self.manager, self.cache = self._new_cache(first_sequence_id=0)
 
     def _new_cache(self, first_sequence_id: int) -> tuple[KVCacheManager, PagedCache]:
@@ -202,6 +204,7 @@ class Runner:
             max_sequences=self.max_sequences,
             fingerprint=self.model.fingerprint,
             tenant_shares=self.tenant_shares,
+            disk=self.disk,
             first_sequence_id=first_sequence_id,
         )
         return manager, init_cache(self.layout, self.sizes, self._code, learned=self._learned)
@@ -223,6 +226,12 @@ class Runner:
         first_sequence_id = self.manager.next_sequence_id
         del self.cache  # or there would be two of them for a moment
         self.manager, self.cache = self._new_cache(first_sequence_id)
+
+    def close(self) -> None:
+        """Lets go of the disk tier's folder, if there is one; a runner that nobody holds does so by
+        itself."""
+        if self.disk is not None:
+            self.disk.close()
 
     def begin(self, prompt: ListOf[int], tenant: str = "") -> int:
         """A new sequence for a prompt, which may hold a part of it already: the prefix that it

@@ -1,6 +1,5 @@
 """Pages and planes on disk, below host memory; nobody waits for the disk."""
 
-import dataclasses
 import secrets
 import time
 import weakref
@@ -12,28 +11,8 @@ import numpy as np
 from kvcompress_jax.storage.files import Files
 from kvcompress_jax.storage.folder import PageFolder
 from kvcompress_jax.storage.page_file import PageRecord
+from kvcompress_jax.storage.stats import DiskStats
 from kvcompress_jax.storage.worker import Worker
-
-
-@dataclasses.dataclass(frozen=True)
-class DiskStats:
-    """Figures of the moment, and counts since the tier was made; pages unless said otherwise."""
-
-    budget_bytes: int
-    used_bytes: int  # of files
-    pages: int
-    queued_bytes: int  # planes in memory that wait to be written
-    arrived_bytes: int  # planes in memory that were read
-    written: int
-    read: int
-    hits: int  # `get` that returned planes
-    misses: int  # `get` of a key that was not there
-    dropped: int  # deleted for lack of room on disk
-    refused: int  # not taken: the queue was full, or larger than the budget
-    lost: int  # taken, and could not be written
-    damaged: int  # could not be read back as it was written
-    skipped: int  # files found at the start that are not ours to read
-    errors: int  # of the system, writing or reading
 
 
 class DiskTier:
@@ -205,6 +184,20 @@ class DiskTier:
                 skipped=store.counters.skipped,
                 errors=work.counters.errors,
             )
+
+    def verify(self, *, timeout_s: float = 30.0) -> None:
+        """Checks the bytes that are claimed against the files and the planes in memory; waits until
+        nothing is queued.
+
+        Raises:
+          AssertionError: something does not add up.
+          TimeoutError: there was still something queued when time was up, or writing fails.
+        """
+        work = self._work
+        if not self.flush(timeout_s=timeout_s):
+            raise TimeoutError("verify: expected an idle disk tier, got one that cannot write")
+        with work.condition:
+            work.verify()
 
     def close(self, *, timeout_s: float = 30.0) -> None:
         """Writes what waits, for at most so many seconds, and ends; a second call does nothing."""

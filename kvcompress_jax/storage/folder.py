@@ -192,6 +192,24 @@ class PageFolder:
         except OSError as e:
             logger.warning("%s: cannot be deleted: %s", self.path(key), e.strerror)
 
+    def differences(self) -> list[str]:
+        """Where the index does not say what is on disk, a line each."""
+        wrong = []
+        for key, entry in self.index.items():
+            path = self.path(key)
+            try:
+                got: object = path.stat().st_size
+            except OSError as e:
+                got = e.strerror
+            if got != entry.file_bytes:
+                wrong.append(f"{path}: expected {entry.file_bytes} bytes, got {got}")
+        claimed = sum(e.file_bytes for e in self.index.values())
+        if claimed != self.used_bytes:
+            wrong.append(f"disk tier, bytes of files: expected {self.used_bytes}, got {claimed}")
+        if self.used_bytes > self.budget_bytes:
+            wrong.append(f"disk tier: expected at most {self.budget_bytes}, got {self.used_bytes}")
+        return wrong
+
     def _make_room(self, more_bytes: int, keep: bytes | None = None) -> None:
         for key in list(self.index):
             if self.used_bytes + more_bytes <= self.budget_bytes:

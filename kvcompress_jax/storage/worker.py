@@ -48,7 +48,8 @@ class Worker:
         self._drops: set[bytes] = set()
         self._wanted: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self._arrived: collections.OrderedDict[bytes, PageRecord] = collections.OrderedDict()
-        self._finished: list[bytes] = []  # reads
+        # Reads that ended; who never asks for them loses the oldest ones.
+        self._finished: collections.deque[bytes] = collections.deque(maxlen=1 << 16)
         self._writing: PageRecord | None = None
         self._dropping: bytes | None = None
         self._reading: bytes | None = None
@@ -126,7 +127,8 @@ class Worker:
     def settle(self) -> list[bytes]:
         """Keys of the reads that ended since the last call."""
         with self.condition:
-            finished, self._finished = self._finished, []
+            finished = list(self._finished)
+            self._finished.clear()
             return finished
 
     @property
@@ -140,6 +142,21 @@ class Worker:
     def paused(self) -> bool:
         """Whether writing failed a moment ago; `condition` is held already."""
         return time.monotonic() < self._pause_end
+
+    def verify(self) -> None:
+        """Raises AssertionError when bytes are not those that are claimed; idle, and `condition` is
+        held already."""
+        wrong = []
+        for what, claimed, records in (
+            ("queued", self.queued_bytes, self._writes.values()),
+            ("arrived", self.arrived_bytes, self._arrived.values()),
+        ):
+            got = sum(r.nbytes for r in records)
+            if got != claimed:
+                wrong.append(f"disk tier, {what} bytes: expected {claimed}, got {got}")
+        wrong += self.store.differences()
+        if wrong:
+            raise AssertionError("\n".join(wrong))
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Does what is queued for at most so many seconds, then ends the thread."""
@@ -155,6 +172,9 @@ class Worker:
     def _run(self) -> None:
         while self._do_something():
             pass
+        if self._writes:
+            self.counters.lost += len(self._writes)
+            logger.warning("%s: closed, %d pages not written", self.store.folder, len(self._writes))
         self.store.close()
 
     def _do_something(self) -> bool:

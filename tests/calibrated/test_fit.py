@@ -83,6 +83,21 @@ def test_fit_beats_the_same_bits_without_basis():
     assert not np.allclose(shuffled.decode, fit.decode, atol=1e-3)
 
 
+def test_a_direction_that_the_samples_lack_does_not_blow_a_token_up():
+    """Keys before RoPE of a first layer depend on the token alone: few tokens, few directions."""
+    few = correlated(5)[:12]
+    keys = np.tile(few, (50, 1))
+    fit = fit_keys(keys, some_metric(6), bits=6 * 32)
+    assert fit.scale.min() >= 2.0**-8 * fit.scale.max() * (1 - 1e-9)
+    unseen = correlated(5)[500:600]
+    z = ((unseen - fit.mean) @ fit.encode)[:, fit.widths > 0]
+    token = np.sqrt(((z / fit.scale[fit.widths > 0]) ** 2).mean(1))
+    assert token.max() < 2.0**8
+    # Without the floor a direction of no size at all would say how large a token is.
+    tiny = np.sqrt((((keys - fit.mean) @ fit.encode) ** 2).mean(0))
+    assert np.sqrt((((unseen - fit.mean) @ fit.encode / tiny) ** 2).mean(1)).max() > 1e6
+
+
 def test_metric_is_the_sum_that_it_says():
     """Also with a window and a soft cap: gemma3's layer 0 has one, its layer 1 has none."""
     import dataclasses

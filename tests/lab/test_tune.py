@@ -4,20 +4,28 @@ import dataclasses
 import json
 import logging
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvcompress_jax.calibrated.calibrate import calibrate, gather
+from kvcompress_jax.calibrated.profile import save_profile
 from kvcompress_jax.cli import main
 from kvcompress_jax.config import RECIPES, CompressionConfig
 from kvcompress_jax.lab.budget import bits_for_code, sequence_bits, sequence_bytes
+from kvcompress_jax.lab.methods.base import Context
+from kvcompress_jax.lab.methods.embedded import Embedded
+from kvcompress_jax.lab.outliers import with_outlier_keys
 from kvcompress_jax.lab.tune import Goal, Tuner
 from kvcompress_jax.models.load import load_model
 from kvcompress_jax.models.runner import cache_layout, make_runner
 from kvcompress_jax.quality import QualityBound, QualityError
 from tests.lab.small import TEXT, write_small_model
+from tests.models.tiny import CONFIGS
 
-SIZES = {"context_tokens": 400, "continuation_tokens": 40}
-ARGUMENTS = ("--context", 400, "--continuation", 40, "--length", 1024)
+SIZES = {"context_tokens": 256, "continuation_tokens": 32}
+ARGUMENTS = ("--context", 256, "--continuation", 32, "--length", 1024)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +45,27 @@ def run(capsys, *argv):
     return code, out.out, out.err
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_predicted_bytes_are_those_of_the_cache(files, recipe):
-    model = load_model(files[0])
-    config = dataclasses.replace(RECIPES[recipe], page_size=32, window_tokens=32)
-    if recipe == "compact":
-        config = dataclasses.replace(config, floor_layers=(0, -1))
-    for tokens in (20, 256, 300):
-        runner = make_runner(model, config, tokens=tokens, max_sequences=1, chunk_tokens=tokens)
-        sequence = runner.manager.add()
-        runner.extend(sequence, list(range(2, 2 + tokens % 200)) + [1] * (tokens - tokens % 200))
-        runner.advance()
-        allocated = runner.manager.get_compression_stats()["allocated_bytes"]
-        assert sequence_bytes(runner.layout, config, tokens) == allocated
-        assert sequence_bytes(runner.layout, config, tokens + 32) > allocated
+@pytest.mark.parametrize("recipe", [*RECIPES, "floors"])
+def test_predicted_bytes_are_those_of_the_bench(recipe):
+    """Which are those of the cache (`tests/lab/test_replay.py`)."""
+    config = CONFIGS["llama"]
+    compression = CompressionConfig(seal_level=2, floor_layers=(0, -1))
+    compression = dataclasses.replace(RECIPES.get(recipe, compression), page_size=32)
+    for tokens in (20, 256, 1024):
+        shape = (config.num_layers, tokens, config.num_kv_heads, config.head_dim)
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        window = compression.window_tokens
+        context = Context(x, x, x, x, config, compression.sink_tokens, window, "bfloat16")
+        rows = np.full(config.num_layers, compression.fine_rows)
+        if compression.seal_level == 2:
+            rows[[i for i in range(len(rows)) if recipe != "floors" or 0 < i < len(rows) - 1]] = 0
+        layout = cache_layout(config, compression, "bfloat16")
+        if tokens > 32:
+            stored = Embedded(config=compression).stored_bits(context, rows)
+            assert 8 * sequence_bytes(layout, compression, tokens) == stored
+        assert sequence_bytes(layout, compression, tokens + 32) > sequence_bytes(
+            layout, compression, tokens
+        )
 
 
 def test_bits_for_code_are_what_is_left(files):
@@ -69,16 +84,17 @@ def test_the_tuner_keeps_its_budget_and_more_bits_keep_more(files):
     """What it says of a configuration is what the bench says; a refined layer gains."""
     model = load_model(files[0])
     bound = QualityBound(kl=10.0)
+    tuner = Tuner(model, {"text": TEXT}, **SIZES)
     found = {}
     for bits in (6.0, 8.0):
-        tuner = Tuner(
-            model, {"text": TEXT}, Goal(bound=bound, bits=bits, length_tokens=1024), **SIZES
-        )
-        found[bits] = tuner.tune()
+        found[bits] = tuner.tune(Goal(bound=bound, bits=bits, length_tokens=1024))
         best = found[bits].tried[0]
         assert best.bits <= bits and len(found[bits].gains) == model.config.num_layers
         assert all(best.kl <= other.kl for other in found[bits].tried)
     assert found[8.0].tried[0].kl < found[6.0].tried[0].kl
+    uniform = tuner.tune(Goal(bound=bound, length_tokens=1024, uniform=True))
+    assert not any(t.config.floor_layers or t.config.profile for t in uniform.tried)
+    assert uniform.bits == min(t.bits for t in uniform.tried) < found[6.0].bits
     layers = [t.config.floor_layers for t in found[6.0].tried if t.config.floor_layers]
     most = int(np.argmax(found[6.0].gains))
     assert layers and all(most in floors for floors in layers)
@@ -102,10 +118,6 @@ def test_tune_writes_what_eval_takes_and_refuses_what_it_cannot_do(files, tmp_pa
     # Within a loose bound it takes the least there is.
     assert written["bits"] == min(t["bits"] for t in written["tried"])
 
-    evaluate = ("eval", "--text", text, "--config", out, "--facts", 0, "--model")
-    few = ("--context", 128, "--continuation", 16)
-    assert run(capsys, *evaluate, model, *few)[0] == 0
-
     strict = tmp_path / "strict.toml"
     code, _, error = run(capsys, *tune[:-1], strict, "--kl", 1e-12, "--json", report)
     assert code == 3 and "kl: expected at most 1e-12 nats per token, got" in error
@@ -117,6 +129,7 @@ def test_tune_writes_what_eval_takes_and_refuses_what_it_cannot_do(files, tmp_pa
         ((), "expected --bits, --bytes, --kl, --top1 or --check"),
         (("--bytes", "1 parsec"), "expected a number of bytes"),
         (("--kl", "0.1", "--calibrate"), "--calibrate: expected --bits or --bytes"),
+        (("--kl", "1", "--for-vllm", "--profile", "x"), "--for-vllm: expected no calibrated"),
         (("--kl", "-1"), "kl: expected a number of nats, at least 0, got -1"),
         (("--bits", "5", "--check", out), "--check: expected no budget"),
     ):
@@ -161,8 +174,29 @@ def test_the_gate(files, tmp_path, capsys, caplog):
     # eval measures first, on another text, what was never measured on its model.
     evaluate = ("eval", "--model", other, "--text", text, "--facts", 0)
     evaluate += ("--context", 64, "--continuation", 16, "--config")
-    assert run(capsys, *evaluate, checked)[0] == 0
     code, _, error = run(capsys, *evaluate, tight)
     assert code == 3 and error.count("\n") == 1
     assert "kl: expected at most 1e-09" in error and "language reference" in error
     assert run(capsys, *evaluate, tight, "--force")[0] == 0
+
+
+def test_a_profile_of_a_model_without_outlier_keys_ruins_one_with_them(files, tmp_path, capsys):
+    """The gate sees what a fingerprint made to fit hides; the tuner finds what does no harm."""
+    model, text, _ = files
+    loaded = load_model(model)
+    tokens = loaded.tokenizer.encode(TEXT)[2000:2400]
+    profile = calibrate(loaded, gather(loaded, [tokens]), bits=4.0)
+    disguised = dataclasses.replace(profile, fingerprint=with_outlier_keys(loaded).fingerprint)
+    for name, each in (("own", profile), ("disguised", disguised)):
+        save_profile(tmp_path / f"{name}.safetensors", each)
+        (tmp_path / f"{name}.toml").write_text(
+            f'profile = "{name}.safetensors"\n[bound]\nkl = 0.02\n'
+        )
+    tune = ("tune", "--model", model, "--text", text, *ARGUMENTS, "--out", tmp_path / "out.toml")
+    assert run(capsys, *tune, "--check", tmp_path / "own.toml")[0] == 0
+    harder = (*tune, "--outlier-keys")
+    code, _, error = run(capsys, *harder, "--check", tmp_path / "disguised.toml")
+    assert code == 3 and "disguised.toml: kl: expected at most 0.02 nats per token, got" in error
+    assert run(capsys, *harder, "--kl", 0.02, "--top1", 0.5, "--for-vllm")[0] == 0
+    found = CompressionConfig.from_toml(tmp_path / "out.toml")
+    assert found.measured.kl < 0.02 and found.measured.model.endswith("outlier keys")

@@ -8,7 +8,7 @@ from kvcompress_jax.paged.transfer import RawImage, SealedImage
 
 
 def fake_cache(layout, sizes):
-    """The arrays of `init_cache`, in NumPy and poisoned; `rejected` is an array of one page count."""
+    """The arrays of `init_cache`, in NumPy and poisoned."""
     cache = jax.tree.map(lambda x: np.array(x), init_cache(layout, sizes))
     for pool in (cache.raw, cache.mass, cache.seen, cache.sinks, cache.heat):
         pool[...] = np.nan

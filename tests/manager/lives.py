@@ -93,9 +93,16 @@ class ManagerMachine(RuleBasedStateMachine):
         self.known: dict[int, Sequence] = {}
         self.preempted: set[int] = set()
         self.operations = 0
+        self.votes: dict[int, set[int]] = {}  # owners that asked for level 2, by page
+        self.before: dict[int, set[int]] = {}  # owners of pages at level 1, by page
+        self.busy: set[str] = set()  # tenants that wanted fine chunks
 
     @initialize(name=st.sampled_from(sorted(CONFIGS)))
     def start(self, name):
+        self.begin_with(name)
+
+    def begin_with(self, name):
+        """A manager with a configuration of this name."""
         config = CONFIGS[name]
         layout = config.layout(layers=2, kv_heads=1, head_dim=2, dtype="float32")
         self.manager = KVCacheManager(
@@ -107,6 +114,15 @@ class ManagerMachine(RuleBasedStateMachine):
             device=FakeDevice(),
         )
         self.cache = fake_cache(layout, SIZES)
+        for name in ("take_code", "take_fine"):
+            setattr(self.manager.store, name, self.watched(getattr(self.manager.store, name)))
+
+    def watched(self, take):
+        def call(page, *args, **options):
+            self.busy.add(page.tenant)
+            return take(page, *args, **options)
+
+        return call
 
     # What is chosen from
 
@@ -303,7 +319,11 @@ class ManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.resident())
     @rule(data=st.data(), pages=st.sets(st.integers(0, 4)))
     def demote(self, data, pages):
-        self.manager.demote_pages(self.pick(data, self.resident()), pages)
+        sequence = self.pick(data, self.resident())
+        for page in self.manager.sequences[sequence].pages:
+            if page.index in pages:
+                self.votes.setdefault(page.uid, set()).add(sequence)
+        self.manager.demote_pages(sequence, pages)
 
     @precondition(lambda self: self.resident())
     @rule(data=st.data(), pages=st.sets(st.integers(0, 4)))
@@ -366,6 +386,24 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.manager.raw.used == 0
             held = {p.uid for f in self.manager.prefixes.prefixes.values() for p in f.pages}
             assert held == set(self.manager.pages)
+
+    @invariant()
+    def nobody_demotes_for_others(self):
+        """A page goes to level 2 when all its owners asked for it, when it is old, or when its own
+        tenant seals pages or wants others at level 1: then, and for nobody else."""
+        if not hasattr(self, "manager"):
+            return
+        pages = self.manager.pages
+        aged = self.manager.config.demote_after_tokens is not None
+        for uid, owners in self.before.items():
+            page = pages.get(uid)
+            if page is None or page.level != 2 or aged or page.tenant in self.busy:
+                continue
+            assert self.votes.get(uid, set()) >= (owners & page.owners)
+        self.busy.clear()
+        self.before = {
+            p.uid: set(p.owners) for p in pages.values() if p.level == 1 and not p.pending
+        }
 
     @invariant()
     def sequences_find_what_they_were_fed(self):

@@ -59,7 +59,8 @@ print(time.perf_counter() - start, *[m for m in sys.modules if "." not in m])
         modules |= set(names)
     assert statistics.median(seconds) < 1
     assert "kvcompress_jax" in modules
-    assert not modules & {"torch", "vllm", "flax", "transformers", "gguf", "rich", "matplotlib"}
+    heavy = {"torch", "vllm", "flax", "transformers", "gguf", "rich", "matplotlib"}
+    assert not modules & (heavy | {"xxhash", "prometheus_client"})
 
 
 def test_import_has_no_side_effects_on_jax():
@@ -125,12 +126,22 @@ def readme_commands() -> list[str]:
 RUN_BY = {
     "make demo": (".ci/run", "--silent demo "),
     "make test": (".ci/run", "--silent test "),
+    "make test-vllm": (".ci/run", "--silent test-vllm "),
     "make lint": (".ci/run", "--silent lint "),
     "make bench": (".ci/run", "--silent bench "),
     "make gpu-gate": (".ci/run", "--silent gpu-gate "),
     ".ci/run": ("CONTRIBUTING.md", ".ci/run"),  # by whoever changes something, and it runs this
     ".venv/bin/kvcompress bench": ("tests/lab/test_tune_kernels.py", '["bench", "--tune"]'),
     ".venv/bin/kvcompress eval": ("tests/lab/test_cli.py", '"eval", "--model"'),
+    ".venv/bin/kvcompress demo --serve-metrics": (
+        "tests/lab/test_cli.py",
+        '"--serve-metrics", port',
+    ),
+    ".venv/bin/kvcompress doctor": ("tests/test_doctor.py", 'main(["doctor"'),
+    ".venv/bin/kvcompress top": ("tests/metrics/test_top.py", '"top", "--once"'),
+    ".venv/bin/kvcompress scrub": ("tests/storage/test_commands.py", '"scrub", folder'),
+    ".venv/bin/kvcompress inspect": ("tests/storage/test_commands.py", '"inspect", path'),
+    ".venv/bin/kvcompress tune": ("tests/lab/test_tune.py", '"tune", "--model"'),
     ".venv/bin/kvcompress calibrate": ("tests/lab/test_calibrate.py", '"calibrate", "--model"'),
 }
 

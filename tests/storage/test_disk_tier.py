@@ -3,12 +3,15 @@
 import gc
 import logging
 import os
+import re
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import kvcompress_jax
 from kvcompress_jax.storage.disk_tier import DiskTier
 from kvcompress_jax.storage.errors import DiskTierError
 from tests.storage.pages import (
@@ -219,6 +222,61 @@ def test_pages_that_cannot_be_read_are_misses(tmp_path, caplog):
     assert same_planes(tier.load(b"0", timeout_s=30), planes(0))
     assert tier.used_bytes == sum(p.stat().st_size for p in tmp_path.glob("*.kvpage"))
     tier.close()
+
+
+def test_a_page_is_on_the_disk_before_its_name_is(tmp_path):
+    files = FailingFiles()
+    tier = tier_in(tmp_path, files=files)
+    files.calls.clear()
+    tier.put(b"a", planes())
+    tier.flush(timeout_s=30)
+    steps = [c for i, c in enumerate(files.calls) if files.calls[i - 1 : i] != [c]]
+    assert steps == ["delete", "create", "write", "sync", "rename", "sync_folder"]
+    files.calls.clear()
+    tier.put(b"a", planes(1), durable=False)  # nobody needs it after a crash
+    tier.flush(timeout_s=30)
+    assert not {"sync", "sync_folder"} & set(files.calls) and "rename" in files.calls
+    tier.close()
+
+
+def test_what_could_not_be_written_at_the_end_is_said(tmp_path, caplog):
+    files = FailingFiles()
+    files.failing["write"] = FULL
+    tier = tier_in(tmp_path, files=files, pause_s=60.0)
+    for i in range(3):
+        tier.put(b"%d" % i, planes(i))
+    start = time.monotonic()
+    tier.close()
+    assert time.monotonic() - start < 30  # the pause is not waited for
+    assert tier.stats().lost == 3 and "closed, 2 pages not written" in caplog.text
+
+
+def test_clocks_that_jump(tmp_path):
+    """Files from the future are files; what is put after a restart is newer all the same."""
+    one = sum(len(p) for p in encoded(0))
+    tier = tier_in(tmp_path)
+    for i in range(3):
+        tier.put(b"%d" % i, planes(i))
+    tier.flush(timeout_s=30)
+    tier.close()
+    for i, year in enumerate((2100, 1970, 2026)):
+        at = (year - 1970) * 31_556_952
+        os.utime(tmp_path / f"{(b'%d' % i).hex()}.kvpage", (at, at))
+    tier = tier_in(tmp_path, 3 * one + 10)
+    assert len(tier) == 3 and tier.stats().skipped == 0
+    for i in (3, 4):
+        tier.put(b"%d" % i, planes(i))
+        tier.flush(timeout_s=30)
+    assert [b"%d" % i in tier for i in range(5)] == [True, False, False, True, True]
+    tier.close()
+
+
+def test_durations_are_not_measured_with_a_clock_that_can_jump():
+    root = Path(kvcompress_jax.__file__).parent
+    wall = re.compile(r"\btime\.time\(|\bdatetime\.(now|utcnow)\(|\bdate\.today\(")
+    assert wall.search("start = time.time()")
+    found = [str(p) for p in root.rglob("*.py") if wall.search(p.read_text())]
+    assert found == []
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,9 @@ def test_the_header_does_not_need_the_planes():
     data = b"".join(encode_page(record()))
     start = data[: len(data) - 600]
     assert read_header(start, file_bytes=len(data)).key == record().key
-    with pytest.raises(PageFileError, match="expected "):
-        read_header(start, file_bytes=len(start))
+    for wrong in (len(start), len(data) - 1, len(data) + 1):
+        with pytest.raises(PageFileError, match=rf"expected {len(data)} bytes, got {wrong}"):
+            read_header(start, file_bytes=wrong)
 
 
 @pytest.mark.parametrize(

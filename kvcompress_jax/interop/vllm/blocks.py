@@ -1,0 +1,474 @@
+"""Which of vLLM's blocks is raw, sealed, refined: the host's view of every layer's pools.
+
+vLLM hands out blocks and says which tokens of a step go where; nothing tells an attention backend
+that a block was freed. A block's content is therefore taken to end when a token is written to its
+first place: then it is somebody else's, whoever it was. Until then it may be found again by vLLM's
+prefix cache, at the level that it has.
+
+All layers do the same, so that this is decided once a step, before the first layer runs. What must
+happen before that (a fine plane to the host and back, a page sealed early to make room) is done
+by the `Executor` at once, in all layers.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Collection
+from typing import Protocol
+
+import numpy as np
+
+from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.interop.vllm.carve import Carve
+from kvcompress_jax.interop.vllm.step import NONE, Decode, Prefill, RawUse, Seals, Step
+from kvcompress_jax.manager.free_list import FreeList
+from kvcompress_jax.paged import PageTable
+
+PROMOTIONS_PER_STEP = 4
+
+
+class Executor(Protocol):
+    """What all layers do between two steps."""
+
+    def seal(self, seals: Seals) -> None:
+        """Codes raw pages."""
+
+    def save_fine(self, chunk: int) -> list[np.ndarray]:
+        """The fine chunks of all layers, copied to the host."""
+
+    def load_fine(self, chunk: int, saved: list[np.ndarray]) -> None:
+        """The reverse of `save_fine`, to any chunk."""
+
+
+@dataclasses.dataclass
+class Counters:
+    """Events so far, in blocks."""
+
+    seals: int = 0
+    early_seals: int = 0  # in their window, to make room for other raw pages
+    unrefined: int = 0  # sealed at level 2 for want of a chunk
+    demotions: int = 0
+    promotions: int = 0
+    refusals: int = 0  # promotions of hot blocks without a kept fine plane or a colder block
+    without_sink: int = 0  # first pages whose first tokens are coded like the others
+    reused: int = 0  # sealed blocks that another content took
+    abandoned: int = 0  # unfinished blocks of sequences that are gone, whose raw page was needed
+
+
+@dataclasses.dataclass
+class Row:
+    """A sequence of the step."""
+
+    first: int  # token of the batch
+    count: int  # new tokens
+    length: int  # tokens, the new ones included
+    blocks: np.ndarray  # i64[pages]
+    at_once: list[int] = dataclasses.field(default_factory=list)  # places sealed without raw page
+
+    def begun(self, page_size: int) -> int:
+        """The first place that the row begins."""
+        return -(-(self.length - self.count) // page_size)
+
+    def stored(self, page_size: int) -> list[int]:
+        """Places that begin and need a raw page."""
+        places = range(self.begun(page_size), len(self.blocks))
+        return [i for i in places if i not in self.at_once]
+
+    def blocks_of(self, places: list[int]) -> list[int]:
+        return [int(self.blocks[i]) for i in places]
+
+
+class BlockStates:
+    """State of all blocks of one KV cache group."""
+
+    def __init__(self, carve: Carve, config: CompressionConfig, layers: int) -> None:
+        self.carve, self.config, self.layers = carve, config, layers
+        self.page_size = carve.layout.page_size
+        blocks, sizes = carve.blocks, carve.sizes
+        self.raw_of = np.full(blocks, NONE, np.int32)
+        self.sealed = np.zeros(blocks, bool)
+        self.chunk_of = np.full(blocks, NONE, np.int32)
+        self.sink_of = np.full(blocks, NONE, np.int32)
+        self.index = np.zeros(blocks, np.int32)  # place in its sequence
+        self.filled = np.zeros(blocks, np.int32)  # tokens written
+        self.used = np.zeros(blocks, np.int64)  # step of the last use
+        self.heat = np.zeros(blocks, np.float64)
+        self.raw = FreeList("raw pages", sizes.raw_pages)
+        self.chunks = FreeList("fine chunks", sizes.fine_chunks)
+        self.sinks = FreeList("sink slots", sizes.sink_slots)
+        self.kept: collections.OrderedDict[int, list[np.ndarray]] = collections.OrderedDict()
+        self.kept_bytes = 0
+        self.counters = Counters()
+        self.steps = 0
+        self._leaving: list[int] = []  # raw pages that the running step still reads
+        self._heat: list[tuple[np.ndarray, np.ndarray]] = []
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def plan(
+        self, starts: np.ndarray, lengths: np.ndarray, tables: np.ndarray, executor: Executor
+    ) -> Step:
+        """Decides a step, and takes it as done.
+
+        Args:
+          starts: i[rows + 1] first token of each row in the batch.
+          lengths: i[rows] tokens of each sequence, the new ones included.
+          tables: i[rows, columns] blocks of each sequence.
+          executor: acts on all layers.
+
+        Raises:
+          RuntimeError: there are not enough raw pages, or a block that a row goes on with is gone.
+        """
+        self._settle()
+        self.steps += 1
+        size = self.page_size
+        counts = np.diff(starts)
+        # Rows of padding and of warm-up runs name no block; 0 is vLLM's null block.
+        live = [r for r in range(len(counts)) if counts[r] > 0 and tables[r, 0] > 0]
+        rows = [
+            Row(
+                first=int(starts[r]),
+                count=int(counts[r]),
+                length=int(lengths[r]),
+                blocks=tables[r, : -(-int(lengths[r]) // size)].astype(np.int64),
+            )
+            for r in live
+        ]
+        batch: set[int] = set()
+        wanted: set[int] = set()  # in somebody's window, or unfinished
+        for row in rows:
+            self.used[row.blocks] = self.steps
+            batch.update(row.blocks.tolist())
+            old = max(0, row.length - self.config.window_tokens) // size
+            wanted.update(row.blocks[old:].tolist())
+        for row in rows:
+            self._enter(row)
+            if self.config.compresses and row.count > 1:
+                places = range(row.begun(size), len(row.blocks))
+                row.at_once = [i for i in places if int(row.blocks[i]) not in wanted]
+        raw = [b for row in rows for b in row.blocks_of(row.stored(size))]
+        self._make_room(len(raw), batch, executor)
+        for block, page in zip(raw, self.raw.take(len(raw)), strict=True):
+            self.raw_of[block] = page
+        leaving: list[int] = []
+        direct = [b for row in rows for b in row.blocks_of(row.at_once)]
+        if self.config.compresses:
+            self._promote(executor)
+            leaving = [
+                b
+                for b in dict.fromkeys(b for row in rows for b in row.blocks.tolist())
+                if self.raw_of[b] != NONE and b not in wanted
+            ]
+            self._give_places([*leaving, *direct], executor)
+        columns = _coarse(max((len(row.blocks) for row in rows), default=1), 8)
+        seals = self._seals([int(self.raw_of[b]) for b in leaving], leaving)
+        step = Step(
+            fine_of=np.where(self.sealed, self.chunk_of, NONE)[None].astype(np.int32),
+            decode=self._decode([row for row in rows if row.count == 1], columns),
+            prefills=tuple(self._prefill(row, columns) for row in rows if row.count > 1),
+            seals=seals,
+            tokens=int(starts[-1]),
+            heat=[],
+        )
+        for row in rows:
+            self.filled[row.blocks] = size
+            self.filled[row.blocks[-1]] = row.length - (len(row.blocks) - 1) * size
+        self._close([*leaving, *direct])
+        self._heat = step.heat
+        return step
+
+    def _settle(self) -> None:
+        """The step before is over: what it read is free, and the heat that it gave is known."""
+        self.raw.give_back(self._leaving)
+        self._leaving = []
+        self.heat *= self.config.heat_decay
+        for blocks, mass in self._heat:
+            np.add.at(self.heat, blocks, mass)
+        self._heat = []
+
+    def _enter(self, row: Row) -> None:
+        """Checks what a row goes on with, and forgets what was in the blocks that it begins."""
+        before, size = row.length - row.count, self.page_size
+        for block in row.blocks[: before // size].tolist():
+            if not self.sealed[block] and self.raw_of[block] == NONE:
+                raise RuntimeError(f"block {block}: expected keys and values, got none")
+        if before % size:
+            tail = int(row.blocks[before // size])
+            held = self.filled[tail] if self.raw_of[tail] != NONE else 0
+            if held != before % size:
+                raise RuntimeError(
+                    f"block {tail}: expected a raw page with {before % size} tokens, got {held}"
+                )
+        for place in range(row.begun(size), len(row.blocks)):
+            block = int(row.blocks[place])
+            self._forget(block)
+            self.index[block] = place
+
+    def _forget(self, block: int) -> None:
+        """Frees all that a block has."""
+        self.counters.reused += int(self.sealed[block])
+        for pool, ids in (
+            (self.raw, self.raw_of),
+            (self.chunks, self.chunk_of),
+            (self.sinks, self.sink_of),
+        ):
+            if ids[block] != NONE:
+                pool.give_back([int(ids[block])])
+                ids[block] = NONE
+        self._drop_kept(block)
+        self.sealed[block], self.filled[block], self.heat[block] = False, 0, 0.0
+
+    def _close(self, blocks: list[int]) -> None:
+        """These blocks are sealed by the step that was planned; their raw pages are read by it."""
+        for block in blocks:
+            if self.raw_of[block] != NONE:
+                self._leaving.append(int(self.raw_of[block]))
+                self.raw_of[block] = NONE
+            self.sealed[block] = True
+        self.counters.seals += len(blocks)
+
+    # -- room --------------------------------------------------------------------------------
+
+    def _make_room(self, pages: int, batch: set[int], executor: Executor) -> None:
+        """Frees raw pages until so many are free: full ones are sealed early, the longest unused
+        first and those of this step last; then unfinished ones go that no sequence of this step
+        has."""
+        short = pages - self.raw.free
+        if short <= 0:
+            return
+        held: list[int] = np.flatnonzero(self.raw_of != NONE).tolist()
+        held.sort(key=lambda b: (b in batch, self.used[b], self.index[b]))
+        if self.config.compresses:
+            early = [b for b in held if self.filled[b] == self.page_size][:short]
+            if early:
+                self._give_places(early, executor)
+                executor.seal(self._seals([int(self.raw_of[b]) for b in early], early))
+                self._close(early)
+                self.raw.give_back(self._leaving)
+                self._leaving = []
+                self.counters.early_seals += len(early)
+        for block in held:
+            if self.raw.free >= pages:
+                return
+            if self.raw_of[block] != NONE and block not in batch:
+                self._forget(block)
+                self.counters.abandoned += 1
+        if self.raw.free < pages:
+            raise RuntimeError(
+                f"raw pages: expected {pages} free, got {self.raw.free} of {self.raw.capacity}:"
+                " lower max_num_seqs or raise VLLM_KV_COMPRESSION_RAW_SHARE"
+            )
+
+    def _give_places(self, blocks: list[int], executor: Executor) -> None:
+        """Fine chunks and sink slots for blocks that are about to be sealed."""
+        heat = self._typical_heat()
+        for block in blocks:
+            self.heat[block] = heat
+            if self.index[block] == 0 and self.sinks.capacity:
+                if self.sinks.free:
+                    self.sink_of[block] = self.sinks.take()[0]
+                else:
+                    self.counters.without_sink += 1
+        if not self.chunks.capacity:
+            return
+        new = set(blocks)
+        for block in blocks:
+            if not self.chunks.free:
+                cold = self._coldest(new)
+                if cold is None:
+                    self.counters.unrefined += 1
+                    continue
+                self._demote(cold, executor)
+            self.chunk_of[block] = self.chunks.take()[0]
+
+    def _typical_heat(self) -> float:
+        return float(np.median(self.heat[self.sealed])) if self.sealed.any() else 0.0
+
+    def _coldest(self, excluded: Collection[int] = ()) -> int | None:
+        """The block at level 1 with the least attention, of those the longest unused."""
+        level_1 = np.flatnonzero(self.sealed & (self.chunk_of != NONE))
+        level_1 = level_1[~np.isin(level_1, list(excluded))] if excluded else level_1
+        if not len(level_1):
+            return None
+        return int(level_1[np.lexsort((self.used[level_1], self.heat[level_1]))[0]])
+
+    def _demote(self, block: int, executor: Executor) -> None:
+        """Level 1 to 2; the fine plane is kept on the host as far as that may hold it."""
+        chunk = int(self.chunk_of[block])
+        limit, size = self.config.host_bytes, self._chunk_bytes()
+        if size <= limit:
+            while self.kept_bytes + size > limit:
+                self._drop_kept(next(iter(self.kept)))
+            self.kept[block] = executor.save_fine(chunk)
+            self.kept_bytes += size
+        self.chunks.give_back([chunk])
+        self.chunk_of[block] = NONE
+        self.counters.demotions += 1
+
+    def _promote(self, executor: Executor) -> None:
+        """Level 2 to 1, for hot blocks whose fine planes are kept."""
+        if not self.kept:
+            return
+        bar = self.config.promote_heat * self._typical_heat()
+        hot = sorted((b for b in self.kept if self.heat[b] > bar), key=lambda b: -self.heat[b])
+        for block in hot[:PROMOTIONS_PER_STEP]:
+            if not self.chunks.free:
+                cold = self._coldest()
+                if cold is None or self.heat[block] <= self.config.promote_heat * self.heat[cold]:
+                    self.counters.refusals += 1
+                    continue
+                saved = self.kept[block]  # before the colder one takes its place on the host
+                self._drop_kept(block)
+                self._demote(cold, executor)
+            else:
+                saved = self.kept[block]
+                self._drop_kept(block)
+            self.chunk_of[block] = self.chunks.take()[0]
+            executor.load_fine(int(self.chunk_of[block]), saved)
+            self.counters.promotions += 1
+
+    def _drop_kept(self, block: int) -> None:
+        if self.kept.pop(block, None) is not None:
+            self.kept_bytes -= self._chunk_bytes()
+
+    def _chunk_bytes(self) -> int:
+        return self.layers * self.carve.layout.fine_chunk_bytes
+
+    # -- index arrays ------------------------------------------------------------------------
+
+    def _seals(self, raw: list[int], blocks: list[int]) -> Seals:
+        return Seals(
+            raw=np.asarray(raw, np.int64),
+            block=np.asarray(blocks, np.int64),
+            chunk=self.chunk_of[blocks].astype(np.int64),
+            sink=self.sink_of[blocks].astype(np.int64),
+        )
+
+    def _decode(self, rows: list[Row], columns: int) -> Decode | None:
+        if not rows:
+            return None
+        size, padded = self.page_size, _power_of_two(len(rows))
+        places = [np.flatnonzero(self.raw_of[row.blocks] != NONE) for row in rows]
+        raw_columns = _coarse(max(len(p) for p in places), 4)
+        table = self._table(rows, padded, columns, raw_columns)
+        for r, (row, place) in enumerate(zip(rows, places, strict=True)):
+            table.raw[r, : len(place)] = self.raw_of[row.blocks[place]]
+            table.raw_index[r, : len(place)] = place
+            table.raw_count[r] = len(place)
+        page = np.asarray([self.raw_of[row.blocks[-1]] for row in rows], np.int64)
+        offset = np.asarray([(row.length - 1) % size for row in rows], np.int64)
+        return Decode(
+            tokens=np.asarray([row.first for row in rows], np.int64),
+            page=page,
+            offset=offset,
+            begun=page[offset == 0],
+            table=table,
+            query_lengths=(np.arange(padded) < len(rows)).astype(np.int32),
+            use=RawUse(
+                row=np.repeat(np.arange(len(rows)), [len(p) for p in places]),
+                column=np.concatenate([np.arange(len(p)) for p in places]),
+                page=np.concatenate(
+                    [self.raw_of[row.blocks[p]] for row, p in zip(rows, places, strict=True)]
+                ).astype(np.int64),
+                seen=np.concatenate(
+                    [_seen(p, row, size) for row, p in zip(rows, places, strict=True)]
+                ),
+            ),
+        )
+
+    def _prefill(self, row: Row, columns: int) -> Prefill:
+        size, before = self.page_size, row.length - row.count
+        begun = row.begun(size)
+        old = np.flatnonzero(self.raw_of[row.blocks[:begun]] != NONE)
+        new = np.arange(begun, len(row.blocks))
+        place = np.concatenate([old, new])
+        raw = self.raw_of[row.blocks[place]].astype(np.int64)
+        unfinished = int(before % size > 0)
+        changed = np.flatnonzero(raw != NONE)
+        direct = np.flatnonzero(raw == NONE)
+        return Prefill(
+            first=row.first,
+            count=row.count,
+            length=row.length,
+            start=(len(old) - unfinished) * size + before % size,
+            index=place.astype(np.int32),
+            old=raw[: len(old)],
+            raw=raw,
+            changed=changed[changed >= len(old) - unfinished],
+            begun=raw[len(old) :][raw[len(old) :] != NONE],
+            seen=_seen(place, row, size),
+            table=self._table([row], 1, columns, 0),
+            seals=self._seals(direct.tolist(), row.blocks[place[direct]].tolist()),
+        )
+
+    def _table(self, rows: list[Row], padded: int, columns: int, raw_columns: int) -> PageTable:
+        """The sealed pages of rows; the raw part is zeros."""
+
+        def zeros(*shape: int) -> np.ndarray:
+            return np.zeros((padded, *shape), np.int32)
+
+        sink = np.full(padded, NONE, np.int32)
+        table = PageTable(
+            sealed=zeros(columns),
+            sealed_index=zeros(columns),
+            sealed_count=zeros(),
+            raw=zeros(raw_columns),
+            raw_index=zeros(raw_columns),
+            raw_count=zeros(),
+            sink=sink,
+            length=zeros(),
+        )
+        for r, row in enumerate(rows):
+            place = np.flatnonzero(self.sealed[row.blocks])
+            table.sealed[r, : len(place)] = row.blocks[place]
+            table.sealed_index[r, : len(place)] = place
+            table.sealed_count[r] = len(place)
+            if self.sealed[row.blocks[0]]:
+                sink[r] = self.sink_of[row.blocks[0]]
+            table.length[r] = row.length
+        return table
+
+    def verify(self) -> None:
+        """Raises AssertionError with a line for everything that does not add up."""
+        wrong = []
+        raw = [*self.raw_of[self.raw_of != NONE].tolist(), *self._leaving]
+        for pool, ids in (
+            (self.raw, raw),
+            (self.chunks, self.chunk_of[self.chunk_of != NONE].tolist()),
+            (self.sinks, self.sink_of[self.sink_of != NONE].tolist()),
+        ):
+            if len(set(ids)) != len(ids):
+                wrong.append(f"{pool.name}: expected each id once, got {sorted(ids)}")
+            if len(ids) != pool.used or not all(pool.is_used(i) for i in ids):
+                wrong.append(f"{pool.name}: expected {pool.used} in use, got {len(ids)}")
+        both = np.flatnonzero(self.sealed & (self.raw_of != NONE))
+        if len(both):
+            wrong.append(f"blocks: expected raw or sealed, got both for {both.tolist()}")
+        orphans = np.flatnonzero(~self.sealed & ((self.chunk_of != NONE) | (self.sink_of != NONE)))
+        if len(orphans):
+            wrong.append(f"blocks: expected chunks of sealed ones alone, got {orphans.tolist()}")
+        stale = [b for b in self.kept if not self.sealed[b] or self.chunk_of[b] != NONE]
+        if stale:
+            wrong.append(f"kept fine planes: expected those of level 2 alone, got {stale}")
+        if self.kept_bytes != len(self.kept) * self._chunk_bytes():
+            wrong.append(f"kept bytes: expected {len(self.kept)} planes, got {self.kept_bytes}")
+        if wrong:
+            raise AssertionError("\n".join(wrong))
+
+
+def _seen(places: np.ndarray, row: Row, size: int) -> np.ndarray:
+    """f32[places, size]: how many of the row's new tokens could see each token."""
+    token = places[:, None] * size + np.arange(size)
+    first = row.length - row.count
+    return np.clip(row.length - np.maximum(token, first), 0, None).astype(np.float32)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _coarse(n: int, least: int) -> int:
+    """`least` times the smallest power of four that makes it at least n: few sizes to compile."""
+    while least < n:
+        least *= 4
+    return least

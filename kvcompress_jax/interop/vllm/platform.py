@@ -1,0 +1,94 @@
+"""vLLM's platform with our backend: where a configuration is checked before anything starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvcompress_jax.config import ConfigError
+from kvcompress_jax.interop.vllm import gate, metrics, settings
+from kvcompress_jax.paged.layout import PAGE_SIZES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+WORKER = "kvcompress_jax.interop.vllm.worker.CompressionWorker"
+SCHEDULER = "kvcompress_jax.interop.vllm.scheduler.CompressedScheduler"
+BACKEND = "kvcompress_jax.interop.vllm.backend.CompressedBackend"
+
+
+class CompressedPlatform:
+    """Mixed into the platform that vLLM would have chosen."""
+
+    device_type: str  # of that platform
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Refuses what cannot be compressed, and sets block size, scheduler and worker extension.
+
+        Raises:
+          ConfigError: names the setting, what was expected and what came.
+          QualityError: the configuration has a bound that the model is not known to keep.
+        """
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        if vllm_config.model_config is None:
+            return
+        cache = vllm_config.cache_config
+        given = cache.block_size if cache.user_specified_block_size else None
+        if given is not None and given not in PAGE_SIZES:
+            raise ConfigError(f"block_size: expected one of {PAGE_SIZES}, got {given}")
+        config = settings.read_config(given)
+        for name, expected, got in _requirements(vllm_config):
+            if expected != got:
+                raise ConfigError(
+                    f"{name}: expected {expected} with KV compression, got {got}; set"
+                    f" {settings.ENABLE_VARIABLE}=0 to run without compression"
+                )
+        model = vllm_config.model_config
+        gate.check(config, model.model, revision=model.revision)
+        cache.block_size = config.page_size
+        cache.user_specified_block_size = True  # vLLM would choose again
+        scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+        scheduler.scheduler_cls = SCHEDULER
+        if parallel.worker_extension_cls not in ("", WORKER):
+            raise ConfigError(
+                f"worker_extension_cls: expected none with KV compression, got"
+                f" {parallel.worker_extension_cls}"
+            )
+        parallel.worker_extension_cls = WORKER
+        metrics.make_directory()
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """Our backend, whatever vLLM would have chosen.
+
+        Raises:
+          ConfigError: the user chose another.
+        """
+        if selected_backend is not None and selected_backend.name != "CUSTOM":
+            raise ConfigError(
+                f"attention backend: expected none or CUSTOM with KV compression, got"
+                f" {selected_backend.name}; set {settings.ENABLE_VARIABLE}=0 to use it"
+            )
+        return BACKEND
+
+
+def _requirements(vllm_config: VllmConfig) -> list[tuple[str, object, object]]:
+    """(setting, what it must be, what it is)."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    transfer = vllm_config.kv_transfer_config
+    own = (None, SCHEDULER)
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    return [
+        ("speculative decoding", None, speculative and speculative.method),
+        ("multi-head latent attention", False, bool(model.use_mla)),
+        ("encoder-decoder model", False, bool(model.is_encoder_decoder)),
+        ("runner", "generate", model.runner_type),
+        ("kv_cache_dtype", "auto", vllm_config.cache_config.cache_dtype),
+        ("KV connector", None, transfer and transfer.kv_connector),
+        ("decode context parallel size", 1, parallel.decode_context_parallel_size),
+        ("scheduler_cls", None, None if scheduler in own else scheduler),
+        ("micro-batches (DBO)", False, bool(parallel.enable_dbo)),
+    ]

@@ -1,0 +1,115 @@
+"""The figures of compression inside vLLM."""
+
+import math
+from typing import Literal, TypedDict
+
+import numpy as np
+
+from kvcompress_jax.interop.vllm.blocks import BlockStates
+from kvcompress_jax.interop.vllm.step import NONE
+
+
+class VllmCompressionStats(TypedDict):
+    """Figures of the moment, and counts of blocks so far. A block is *resident* while it holds keys
+    and values: of a running sequence or for vLLM's prefix cache. Bytes are of all layers of all
+    workers."""
+
+    memory_saved_mb: float  # (uncompressed_bytes - allocated_bytes) / 1e6
+    avg_compression_ratio: float  # uncompressed_bytes / allocated_bytes; 1 for an empty cache
+    uncompressed_bytes: int  # the resident blocks as vLLM would store them
+    allocated_bytes: int  # what they take: planes, scales, orders, raw pages with statistics
+    pool_bytes: int  # all memory that vLLM gave, in use or not
+    host_bytes: int  # host memory of kept fine planes
+    effective_bits: float | None  # stored bits per value of sealed blocks, all overheads
+    capacity_tokens: int  # that vLLM can hand out
+    uncompressed_capacity_tokens: int  # in the same memory without compression
+    tokens: int  # resident
+    blocks_level_0: int
+    blocks_level_1: int
+    blocks_level_2: int
+    raw_pages: int  # capacity
+    raw_pages_free: int
+    seals: int
+    early_seals: int
+    unrefined: int
+    demotions: int
+    promotions: int
+    refusals: int
+    without_sink: int
+    reused: int
+    abandoned: int
+    damaged: int
+
+
+def compression_stats(states: BlockStates, *, damaged: int) -> VllmCompressionStats:
+    """The figures of one worker.
+
+    Args:
+      states: of its blocks.
+      damaged: sealed blocks that held a value that was not finite.
+    """
+    carve, layers = states.carve, states.layers
+    layout = carve.layout
+    raw = int(np.count_nonzero(states.raw_of != NONE))
+    sealed = int(np.count_nonzero(states.sealed))
+    level_1 = int(np.count_nonzero(states.sealed & (states.chunk_of != NONE)))
+    allocated = layers * (
+        states.raw.used * layout.raw_page_bytes
+        + sealed * layout.sealed_page_bytes
+        + states.chunks.used * layout.fine_chunk_bytes
+        + states.sinks.used * layout.sink_slot_bytes
+    )
+    uncompressed = layers * (raw + sealed) * layout.uncompressed_page_bytes
+    bits = layout.effective_bits(sealed_pages=sealed, fine_chunks=states.chunks.used)
+    size = layout.page_size
+    counts = states.counters
+    return VllmCompressionStats(
+        memory_saved_mb=(uncompressed - allocated) / 1e6,
+        avg_compression_ratio=uncompressed / allocated if allocated else 1.0,
+        uncompressed_bytes=uncompressed,
+        allocated_bytes=allocated,
+        pool_bytes=layers * carve.buffer_bytes,
+        host_bytes=states.kept_bytes,
+        effective_bits=None if math.isnan(bits) else bits,
+        capacity_tokens=carve.blocks * size,
+        uncompressed_capacity_tokens=(carve.buffer_bytes // layout.uncompressed_page_bytes * size),
+        tokens=int(states.filled.sum()),
+        blocks_level_0=raw,
+        blocks_level_1=level_1,
+        blocks_level_2=sealed - level_1,
+        raw_pages=states.raw.capacity,
+        raw_pages_free=states.raw.free,
+        seals=counts.seals,
+        early_seals=counts.early_seals,
+        unrefined=counts.unrefined,
+        demotions=counts.demotions,
+        promotions=counts.promotions,
+        refusals=counts.refusals,
+        without_sink=counts.without_sink,
+        reused=counts.reused,
+        abandoned=counts.abandoned,
+        damaged=damaged,
+    )
+
+
+SUMMED: tuple[
+    Literal["memory_saved_mb", "uncompressed_bytes", "allocated_bytes", "pool_bytes", "host_bytes"],
+    ...,
+] = ("memory_saved_mb", "uncompressed_bytes", "allocated_bytes", "pool_bytes", "host_bytes")
+
+
+def merge(workers: list[VllmCompressionStats]) -> VllmCompressionStats:
+    """The figures of all workers together: bytes add up; blocks are the same ones in all of them,
+    and their counts are the first worker's.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if not workers:
+        raise ValueError("workers: expected at least one with compression, got none")
+    total = workers[0].copy()
+    for name in SUMMED:
+        total[name] = sum(w[name] for w in workers)
+    allocated = total["allocated_bytes"]
+    total["avg_compression_ratio"] = total["uncompressed_bytes"] / allocated if allocated else 1.0
+    return total

@@ -1,0 +1,271 @@
+"""One layer and its blocks, driven as vLLM drives them, beside attention in float64."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from kvcompress_jax.config import CompressionConfig, ConfigError  # noqa: E402
+from kvcompress_jax.interop.vllm.blocks import BlockStates  # noqa: E402
+from kvcompress_jax.interop.vllm.carve import carve, content_bytes, layer_layout  # noqa: E402
+from kvcompress_jax.interop.vllm.layer import AllLayers, LayerMemory  # noqa: E402
+from kvcompress_jax.interop.vllm.stats import compression_stats, merge  # noqa: E402
+
+HEADS, GROUP, DIM, PAGE = 2, 2, 32, 16
+SCALE = DIM**-0.5
+SMALL = CompressionConfig(page_size=PAGE, window_tokens=PAGE)
+CONFIGS = {
+    "raw": dataclasses.replace(SMALL, levels=1),
+    "safe": dataclasses.replace(SMALL, levels=2),
+    "balanced": SMALL,
+    "compact": dataclasses.replace(SMALL, seal_level=2),
+    "no window": dataclasses.replace(SMALL, window_tokens=0),
+}
+# Relative error of attention to normal noise. A 4-bit code of 16 normal values has steps of about
+# 3.6 / 15 standard deviations, an error of 0.07; averaging over tokens leaves some of it. 8 bits:
+# a sixteenth. Raw pages: float32.
+BOUNDS = {"raw": 1e-5, "safe": 0.02}
+
+
+class Engine:
+    """vLLM's part: blocks, sequences, and steps over them."""
+
+    def __init__(self, config, *, blocks=48, raw_share=0.5, fine_share=0.75):
+        layout = layer_layout(config, heads=HEADS, dim=DIM, dtype="float32")
+        content = content_bytes(config, layout, raw_share=raw_share, fine_share=fine_share)
+        self.carve = carve(config, layout, blocks=blocks, content=content, fine_share=fine_share)
+        # What was never written must never be read: all bits set are NaN in every float type.
+        self.memory = torch.full((self.carve.buffer_bytes,), 0xFF, dtype=torch.uint8)
+        self.executor = AllLayers()
+        self.layer = LayerMemory(self.memory, self.carve, config)
+        self.executor.memories["layer"] = self.layer
+        self.states = BlockStates(self.carve, config, 1)
+        for name in ("mass", "seen"):  # vLLM zeroes its memory; statistics are added to
+            self.layer.pools[name].zero_()
+        self.free = list(range(blocks - 1, 0, -1))
+        self.random = np.random.default_rng(0)
+
+    def tokens(self, count):
+        """Keys, values and queries of new tokens."""
+
+        def normal(heads):
+            return self.random.normal(size=(count, heads, DIM)).astype(np.float32)
+
+        return normal(HEADS), normal(HEADS), normal(HEADS * GROUP)
+
+    def sequence(self, prefix=None, pages=0):
+        """A new one; with the first full pages of another."""
+        new = {"blocks": [], "k": np.zeros((0, HEADS, DIM), np.float32)}
+        new |= {"v": new["k"]}
+        if prefix is not None:
+            new["blocks"] = prefix["blocks"][:pages]
+            new |= {n: prefix[n][: pages * PAGE] for n in "kv"}
+        return new
+
+    def finish(self, sequence, shared=()):
+        self.free += [b for b in sequence["blocks"] if b not in shared]
+
+    def step(self, batch):
+        """One step of (sequence, new tokens) pairs; returns the largest relative error."""
+        starts, lengths, parts = [0], [], []
+        for sequence, count in batch:
+            k, v, q = self.tokens(count)
+            sequence["k"] = np.concatenate([sequence["k"], k])
+            sequence["v"] = np.concatenate([sequence["v"], v])
+            length = len(sequence["k"])
+            while len(sequence["blocks"]) * PAGE < length:
+                sequence["blocks"] = [*sequence["blocks"], self.free.pop()]
+            starts.append(starts[-1] + count)
+            lengths.append(length)
+            parts.append((k, v, q))
+        tables = np.zeros((len(batch), max(len(s["blocks"]) for s, _ in batch)), np.int32)
+        for r, (sequence, _) in enumerate(batch):
+            tables[r, : len(sequence["blocks"])] = sequence["blocks"]
+        k, v, q = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts, strict=True))
+        step = self.states.plan(np.array(starts), np.array(lengths), tables, self.executor)
+        out = torch.full(q.shape, torch.nan)
+        self.layer.forward(q, k, v, out, step, scale=SCALE, soft_cap=None)
+        self.states.verify()
+        errors = []
+        for r, (sequence, _) in enumerate(batch):
+            expected = dense(sequence, parts[r][2])
+            got = out[starts[r] : starts[r + 1]].numpy()
+            norm = np.linalg.norm(expected, axis=-1)
+            errors.append((np.linalg.norm(got - expected, axis=-1) / norm).max())
+        return max(errors)
+
+
+def dense(sequence, q):
+    """Causal attention of the newest queries, in float64."""
+    k, v = sequence["k"].astype(np.float64), sequence["v"].astype(np.float64)
+    count = len(q)
+    q = q.astype(np.float64).reshape(count, HEADS, GROUP, DIM)
+    logits = np.einsum("qhgd,thd->qhgt", q, k) * SCALE
+    position = np.arange(len(k) - count, len(k))
+    logits[
+        np.broadcast_to(np.arange(len(k)) > position[:, None, None, None], logits.shape)
+    ] = -np.inf
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("qhgt,thd->qhgd", weights, v).reshape(count, HEADS * GROUP, DIM)
+
+
+def work(engine):
+    """Chunked prompts, mixed batches, a shared prefix, an abort, blocks that are used again."""
+    one, two = engine.sequence(), engine.sequence()
+    errors = [engine.step([(one, 40), (two, 7)])]
+    errors += [engine.step([(two, 1), (one, 30)])]
+    errors += [engine.step([(one, 1), (two, 1)]) for _ in range(20)]
+    pages = len(one["k"]) // PAGE
+    third = engine.sequence(one, pages - 1)  # a hit in the prefix cache: sealed pages and raw ones
+    errors += [engine.step([(one, 1), (third, 35)])]
+    engine.finish(two)  # aborted
+    fourth = engine.sequence()
+    errors += [engine.step([(one, 1), (fourth, 40)])]
+    errors += [engine.step([(third, 1), (fourth, 1)]) for _ in range(18)]
+    engine.finish(third, one["blocks"])
+    return one, fourth, max(errors)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_is_that_of_the_levels(name):
+    engine = Engine(CONFIGS[name])
+    one, fourth, error = work(engine)
+    bound = BOUNDS.get(name, 0.3)
+    assert error < bound
+    stats = compression_stats(engine.states, damaged=engine.layer.damaged)
+    if name == "raw":
+        assert stats["seals"] == 0 and stats["blocks_level_0"] > 0
+        return
+    assert stats["seals"] >= 8 and stats["damaged"] == 0
+    expected = {"compact": ("blocks_level_2", "blocks_level_1")}
+    some, none = expected.get(name, ("blocks_level_1", "blocks_level_2"))
+    assert stats[some] > 0 and stats[none] == 0
+    # The judge can say no: another page's codes in the place of a sealed one's.
+    first, second = np.flatnonzero(engine.states.sealed)[:2]
+    engine.layer.pools["base"][int(first)] = ~engine.layer.pools["base"][int(second)]
+    assert engine.step([(one, 1), (fourth, 1)]) > bound
+
+
+def test_few_chunks_demote_and_a_hot_block_is_promoted_bit_for_bit():
+    config = dataclasses.replace(SMALL, host_bytes=1 << 20, promote_heat=1e6)
+    engine = Engine(config, fine_share=0.1)  # 4 chunks
+    states = engine.states
+    one = engine.sequence()
+    for _ in range(6):
+        engine.step([(one, 32)])
+    assert states.counters.demotions > 0 and states.kept
+    block = next(iter(states.kept))
+    saved = states.kept[block][0].copy()
+    assert states.counters.promotions == 0  # nothing is a million times hotter than the median
+    states.heat[block] = 1e9
+    engine.step([(one, 1)])
+    assert states.counters.promotions == 1
+    assert states.chunk_of[block] >= 0 and block not in states.kept
+    got = engine.layer.pools["fine"][int(states.chunk_of[block])].numpy()
+    np.testing.assert_array_equal(got, saved)
+
+
+def test_without_host_memory_nothing_is_kept_or_promoted():
+    engine = Engine(SMALL, fine_share=0.1)
+    one = engine.sequence()
+    for _ in range(6):
+        engine.step([(one, 32)])
+    assert engine.states.counters.demotions > 0
+    assert engine.states.counters.promotions == 0 and not engine.states.kept
+
+
+def test_too_few_raw_pages_seal_early_and_then_say_so():
+    config = dataclasses.replace(SMALL, window_tokens=64)
+    engine = Engine(config, raw_share=0.35)
+    raw = engine.carve.sizes.raw_pages
+    sequences = [engine.sequence() for _ in range(4)]
+    for _ in range(8):
+        for sequence in sequences:
+            engine.step([(sequence, 16)])
+    assert engine.states.counters.early_seals > 0
+    with pytest.raises(RuntimeError, match=r"raw pages: expected \d+ free.*lower max_num_seqs"):
+        engine.step([(engine.sequence(), 1) for _ in range(raw + 1)])
+
+
+def test_a_block_that_is_gone_is_an_error_not_an_answer():
+    engine = Engine(SMALL)
+    one = engine.sequence()
+    engine.step([(one, 20)])
+    lost = engine.sequence(one, 1)
+    lost["blocks"] = [40]
+    with pytest.raises(RuntimeError, match="block 40: expected keys and values, got none"):
+        engine.step([(lost, 5)])
+    one["k"], one["v"] = one["k"][:18], one["v"][:18]
+    with pytest.raises(RuntimeError, match="expected a raw page with 18 tokens, got 20"):
+        engine.step([(one, 5)])
+
+
+def test_rows_without_blocks_get_zeros():
+    engine = Engine(SMALL)
+    step = engine.states.plan(
+        np.array([0, 3]), np.array([3]), np.zeros((1, 1), np.int32), engine.executor
+    )
+    out = torch.full((3, HEADS * GROUP, DIM), torch.nan)
+    k, v, q = (torch.from_numpy(x) for x in engine.tokens(3))
+    engine.layer.forward(q, k, v, out, step, scale=SCALE, soft_cap=None)
+    assert float(out.abs().sum()) == 0
+
+
+def test_a_value_that_is_not_finite_is_counted():
+    engine = Engine(dataclasses.replace(SMALL, window_tokens=0))
+    one = engine.sequence()
+    engine.tokens = lambda count: tuple(  # type: ignore[method-assign]
+        np.full((count, n, DIM), np.inf if n == HEADS else 1.0, np.float32)
+        for n in (HEADS, HEADS, HEADS * GROUP)
+    )
+    with np.errstate(all="ignore"):
+        engine.step([(one, 16)])
+    assert engine.layer.damaged == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("heads", "dim", "page"), [(3, 64, 64), (1, 256, 16), (8, 128, 128)])
+@pytest.mark.parametrize("name", ["balanced", "compact", "safe", "raw"])
+def test_all_pools_are_inside_the_memory(name, heads, dim, page, dtype):
+    config = dataclasses.replace(CONFIGS[name], page_size=page)
+    layout = layer_layout(config, heads=heads, dim=dim, dtype=dtype)
+    content = content_bytes(config, layout, raw_share=0.3, fine_share=0.75)
+    made = carve(config, layout, blocks=101, content=content, fine_share=0.75)
+    end = 0
+    for region in made.regions:
+        assert region.offset_bytes >= end and region.offset_bytes % 64 == 0
+        end = region.offset_bytes + region.nbytes
+    assert end <= made.buffer_bytes == 101 * heads * page * content
+    # And little of it is wasted: less than a raw page, and what alignment takes.
+    assert made.buffer_bytes - end < layout.raw_page_bytes + 64 * 12
+    assert made.buffer_bytes % 64 == 0
+
+
+@pytest.mark.parametrize(("name", "least"), [("balanced", 2.3), ("compact", 3.3)])
+def test_the_capacity_that_is_promised(name, least):
+    config = dataclasses.replace(CONFIGS[name], page_size=64)
+    layout = layer_layout(config, heads=3, dim=64, dtype="bfloat16")
+    content = content_bytes(config, layout, raw_share=0.05, fine_share=0.75)
+    assert 2 * 64 * 2 / content >= least
+
+
+def test_too_little_memory_is_refused():
+    layout = layer_layout(SMALL, heads=HEADS, dim=DIM, dtype="float32")
+    content = content_bytes(SMALL, layout, raw_share=0.05, fine_share=0.75)
+    with pytest.raises(ConfigError, match="KV cache memory: expected room for 2 raw pages"):
+        carve(SMALL, layout, blocks=8, content=content, fine_share=0.75)
+
+
+def test_merging_workers_adds_bytes():
+    engine = Engine(SMALL)
+    engine.step([(engine.sequence(), 60)])
+    one = compression_stats(engine.states, damaged=0)
+    two = merge([one, one])
+    assert two["pool_bytes"] == 2 * one["pool_bytes"]
+    assert two["avg_compression_ratio"] == pytest.approx(one["avg_compression_ratio"])
+    assert two["seals"] == one["seals"]
+    with pytest.raises(ValueError, match="workers: expected at least one"):
+        merge([])

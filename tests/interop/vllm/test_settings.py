@@ -1,0 +1,51 @@
+"""What the environment may ask for inside vLLM."""
+
+import pytest
+
+from kvcompress_jax.config import ConfigError
+from kvcompress_jax.interop.vllm.settings import enabled, fine_share, raw_share, read_config
+
+
+def test_on_unless_switched_off():
+    assert enabled({}) and enabled({"VLLM_ENABLE_KV_COMPRESSION": "1"})
+    assert not enabled({"VLLM_ENABLE_KV_COMPRESSION": "0"})
+    # Switched off, nothing else is looked at.
+    assert not enabled({"VLLM_ENABLE_KV_COMPRESSION": "0", "KVCOMPRESS_RECIPE": "none"})
+    with pytest.raises(ConfigError, match="VLLM_ENABLE_KV_COMPRESSION: expected 0 or 1"):
+        enabled({"VLLM_ENABLE_KV_COMPRESSION": "maybe"})
+
+
+def test_the_specification_s_variables():
+    config = read_config(
+        128, {"VLLM_KV_COMPRESSION_RATIO": "0.25", "VLLM_KV_COMPRESSION_LEVELS": "3"}
+    )
+    assert (config.page_size, config.ratio, config.levels) == (128, 0.25, 3)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KVCOMPRESS_PROFILE", "x.safetensors"),
+        ("KVCOMPRESS_LEARNED_IMPORTANCE", "x.safetensors"),
+        ("KVCOMPRESS_TELEMETRY_SHARE", "0.5"),
+        ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "512"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(variable, value):
+    with pytest.raises(ConfigError, match=f"{variable}: not supported inside vLLM"):
+        read_config(None, {variable: value})
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "most"),
+    [
+        (raw_share, "VLLM_KV_COMPRESSION_RAW_SHARE", 0.9),
+        (fine_share, "VLLM_KV_COMPRESSION_FINE_SHARE", 1.0),
+    ],
+)
+def test_shares(read, name, most):
+    assert 0 < read({}) < 1
+    assert read({name: "0.5"}) == 0.5
+    for wrong in ("0", "-1", "nan", "much", str(most + 0.01)):
+        with pytest.raises(ConfigError, match=f"{name}: expected more than 0 and at most {most}"):
+            read({name: wrong})

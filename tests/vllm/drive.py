@@ -1,0 +1,183 @@
+"""Runs one of vLLM's engines and prints what it did as JSON: `drive.py SCENARIO MODEL_DIR`.
+
+A script of its own: an engine is started anew for each configuration, which comes from the
+environment, and away from the checkout, whose folder `kernels` would shadow another package.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pydoc_data.topics import topics
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "Photosynthesis is the process by which",
+    "The three laws of thermodynamics state that",
+    "In 1969, Neil Armstrong",
+    "To make a good cup of coffee, you should",
+    "The best way to learn a language is",
+    "Water boils at",
+    "My favourite book is",
+]
+TOPICS = ("import", "with", "exceptions", "naming")
+MIB = 1 << 20
+
+
+def compresses():
+    return os.environ.get("VLLM_ENABLE_KV_COMPRESSION") != "0"
+
+
+def engine(model, **options):
+    from vllm import LLM
+
+    defaults = {
+        "max_model_len": 1024,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "disable_log_stats": False,
+        "block_size": 64,
+        "seed": 0,
+    }
+    return LLM(model=model, **(defaults | options))
+
+
+def capacity(llm):
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks * cache.block_size
+
+
+def greedy(llm, prompts, tokens, **options):
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, **options)
+    outputs = llm.generate(prompts, settings, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def long_prompts(llm, tokens=400):
+    encode = llm.get_tokenizer().encode
+    return [{"prompt_token_ids": encode(topics[name])[:tokens]} for name in TOPICS]
+
+
+def losses(llm, prompts):
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    found = []
+    for prompt in prompts:
+        (output,) = llm.generate([prompt], settings, use_tqdm=False)
+        found += [-next(iter(d.values())).logprob for d in output.prompt_logprobs[1:]]
+    return found
+
+
+def figures(llm):
+    if not compresses():
+        return None
+    llm.kv_cache_manager.verify()
+    return llm.kv_cache_manager.get_compression_stats()
+
+
+def preemptions(llm):
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def quality(model):
+    """Greedy tokens of short and long prompts in batches; loss of 2,000 tokens of text."""
+    llm = engine(model, enable_prefix_caching=False, kv_cache_dtype=os.environ.get("KV", "auto"))
+    results = {"capacity": capacity(llm)}
+    if os.environ.get("GREEDY"):
+        started = time.monotonic()
+        prompts = [{"prompt": p} for p in PROMPTS] + long_prompts(llm, 150)
+        prompts += [{"prompt": f"Question: {p}"} for p in PROMPTS[:6]]
+        results["greedy"] = greedy(llm, prompts, 64)
+        results["greedy_seconds"] = time.monotonic() - started
+    if not os.environ.get("GREEDY_ONLY"):
+        started = time.monotonic()
+        loss = losses(llm, long_prompts(llm, 512))
+        results["loss"], results["tokens"] = sum(loss) / len(loss), len(loss)
+        results["perplexity"] = math.exp(results["loss"])
+        results["loss_seconds"] = time.monotonic() - started
+    return results | {"stats": figures(llm)}
+
+
+def capacity_only(model):
+    """What vLLM says it can hold, in bfloat16."""
+    llm = engine(model, dtype="bfloat16")
+    greedy(llm, ["The capital of France is"], 2)
+    return {"capacity": capacity(llm), "stats": figures(llm)}
+
+
+def preempt(model):
+    """Four long answers in memory that holds two and a half of them uncompressed."""
+    llm = engine(model, max_num_seqs=4, kv_cache_memory_bytes=70 * MIB, enable_prefix_caching=False)
+    tokens = greedy(llm, long_prompts(llm, 400), 200)
+    return {"preemptions": preemptions(llm), "tokens": tokens, "stats": figures(llm)}
+
+
+def matrix(model):
+    """Everything that moves blocks, one after the other in one engine."""
+    from vllm import SamplingParams
+
+    llm = engine(
+        model,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=int(os.environ.get("MIB", "64")) * MIB,
+        max_num_batched_tokens=128,
+        enable_prefix_caching=True,
+    )
+    results, prompts = {}, long_prompts(llm, 330)
+    results["first"] = greedy(llm, prompts, 24)
+    figures(llm)
+    # The prefix cache holds sealed blocks of a moment ago; the last prompt shares a part.
+    results["again"] = greedy(llm, prompts, 24)
+    figures(llm)
+    cut = [{"prompt_token_ids": p["prompt_token_ids"][:200]} for p in prompts]
+    results["cut"] = greedy(llm, cut, 24)
+    figures(llm)
+    several = SamplingParams(n=3, max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
+    outputs = llm.generate(prompts[:2], several, use_tqdm=False)
+    results["several"] = [[len(c.token_ids) for c in o.outputs] for o in outputs]
+    figures(llm)
+    # Aborted in the middle of a prompt and in the middle of an answer.
+    settings = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
+    for i, prompt in enumerate(prompts):
+        llm.llm_engine.add_request(f"abort-{i}", prompt, settings)
+    for _ in range(9):
+        llm.llm_engine.step()
+    llm.llm_engine.abort_request([f"abort-{i}" for i in range(len(prompts))])
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    figures(llm)
+    results["after"] = greedy(llm, prompts, 24)
+    llm.reset_prefix_cache()
+    results["reset"] = greedy(llm, prompts, 24)
+    results["stats"], results["preemptions"] = figures(llm), preemptions(llm)
+    results["capacity"] = capacity(llm)
+    return results
+
+
+def snippet(model):
+    """The specification's example, word for word but for the model."""
+    from vllm import LLM
+
+    llm = LLM(model=model)
+    stats = llm.kv_cache_manager.get_compression_stats()
+    print(f"Memory saved: {stats['memory_saved_mb']:.2f} MB")
+    print(f"Average compression ratio: {stats['avg_compression_ratio']:.2f}")
+    tokens = greedy(llm, [{"prompt_token_ids": list(range(100, 1100))}], 4)
+    after = llm.kv_cache_manager.get_compression_stats()
+    llm.kv_cache_manager.verify()
+    return {"before": stats, "after": after, "tokens": tokens}
+
+
+SCENARIOS = {f.__name__: f for f in (quality, capacity_only, preempt, matrix, snippet)}
+
+if __name__ == "__main__":
+    result = SCENARIOS[sys.argv[1]](sys.argv[2])
+    print("\nRESULT " + json.dumps(result), flush=True)
