@@ -38,7 +38,8 @@ def attention_triton(
 
     Args:
       op: whose settings are looked up.
-      tuning: num_warps, num_stages, `programs` to split the work into, `columns` of a tile (a
+      tuning: num_warps of tiles of 8 queries, and num_warps_wide of wider ones, which need more
+        registers; num_stages, `programs` to split the work into, `columns` of a tile (a
         power of two), `widest` piece of channels. None: what suits the shape and the device.
       interpret: run it in JAX on any device.
     """
@@ -144,7 +145,8 @@ def attention_triton(
         out_specs=[somewhere] * len(outputs),
         out_shape=list(outputs.values()),
         compiler_params=plt.CompilerParams(
-            num_warps=tuning["num_warps"], num_stages=tuning["num_stages"]
+            num_warps=tuning["num_warps" if tile <= 8 else "num_warps_wide"],
+            num_stages=tuning["num_stages"],
         ),
         interpret=interpret,
     )(*inputs.values())
