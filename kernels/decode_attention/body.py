@@ -113,7 +113,9 @@ def attention_kernel(refs: Refs, plan: Plan) -> None:
     some = total > 0
     divisor = jnp.where(some, total, 1.0)
     for (start, width), x in zip(plan.channels, out, strict=True):
-        refs["out"][row, head, split, pl.ds(start, width), tile] = x / divisor[None, :]
+        refs["out"][row, head, split, pl.ds(start, width), tile] = (x / divisor[None, :]).astype(
+            refs["out"].dtype
+        )
     refs["lse"][row, head, split, tile] = jnp.where(some, top - LIFT + jnp.log2(divisor), MASKED)
 
 
@@ -136,20 +138,23 @@ def _sealed_page(
 
     def planes(kind: int, page: jax.Array, chunk: jax.Array, start: int, width: int) -> Any:
         """Codes of some channels of both halves: keys f16[page_size, width], values transposed."""
-        channels, slots = pl.ds(start, width), pl.ds(0, plan.page_size)
-        index = (slots, channels) if kind == 0 else (channels, slots)
-        base = refs["base_v" if kind else "base_k"][(layer, page, kind, head, *index)]
+        channel = start + lax.iota(jnp.int32, width)
+
+        def place(rows: int) -> jax.Array:
+            """Where the bytes lie in a plane with so many rows."""
+            if kind == 0:
+                return slot[:, None] * plan.half + channel[None, :]
+            return channel[:, None] * rows + slot[None, :]
+
+        base = refs["base"][layer, page, kind, head, place(plan.page_size)]
         if not fine:
             return unpack(base, interpret=plan.interpret)
-        channel = start + lax.iota(jnp.int32, width)
-        if kind == 0:
-            at = slot[:, None] * plan.half + channel[None, :]
-            mask = jnp.broadcast_to(refined[:, None], at.shape)
-        else:
-            at = channel[:, None] * plan.fine_rows + slot[None, :]
-            mask = jnp.broadcast_to(refined[None, :], at.shape)
+        at = place(plan.fine_rows)
+        mask = None
+        if not all_refined:
+            mask = jnp.broadcast_to(refined[:, None] if kind == 0 else refined[None, :], at.shape)
         there = refs["fine"].at[chunk, kind, head, at]
-        detail = plt.load(there, mask=None if all_refined else mask, other=jnp.uint8(0))
+        detail = plt.load(there, mask=mask, other=None if mask is None else jnp.uint8(0))
         return unpack_fine(base, detail, interpret=plan.interpret)
 
     def fold(page: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:

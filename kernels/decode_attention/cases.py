@@ -21,7 +21,7 @@ SIZES: tuple[tuple[int, int, int, int, str, str], ...] = (
     (64, 256, 32, 4, "bfloat16", "window"),
     (128, 128, 64, 16, "float16", ""),
 )
-ROWS, COLUMNS, RAW_COLUMNS, HEADS, SINK_TOKENS = 8, 128, 2, 8, 4
+ROWS, TOKENS, RAW_COLUMNS, HEADS, SINK_TOKENS = 8, 32768, 2, 8, 4
 
 
 def make_case(
@@ -36,7 +36,7 @@ def make_case(
     queries: int = 1,
     op: str = "decode_attention",
 ) -> Case:
-    """Sequences of `COLUMNS` sealed pages, none of them shared, and `RAW_COLUMNS` raw ones."""
+    """Sequences of `TOKENS` tokens in sealed pages, of which none is shared, and some raw pages."""
     arguments = _arguments(page_size, dim, fine_rows, group, dtype, queries)
     run = functools.partial(
         attention_triton,
@@ -56,7 +56,7 @@ def make_case(
         name=f"{name}/{options}" if options else name,
         op=op,
         build=lambda: (function, arguments),
-        floor_bytes=_floor_bytes(*arguments),
+        floor_bytes=_nbytes(arguments) + _result_bytes(arguments, mass=options == "mass"),
         needs_tensor_cores=True,
     )
 
@@ -64,7 +64,8 @@ def make_case(
 def _arguments(
     page_size: int, dim: int, fine_rows: int, group: int, dtype: str, queries: int
 ) -> tuple[Any, ...]:
-    pages = ROWS * COLUMNS
+    columns = TOKENS // page_size
+    pages = ROWS * columns
     codes = jax.eval_shape(
         lambda: init_pools(
             layers=1,
@@ -85,8 +86,8 @@ def _arguments(
         sinks=vectors((1, ROWS, 2, HEADS, SINK_TOKENS, dim)),
     )
     lists = PageLists(
-        sealed=i32((ROWS, COLUMNS)),
-        sealed_index=i32((ROWS, COLUMNS)),
+        sealed=i32((ROWS, columns)),
+        sealed_index=i32((ROWS, columns)),
         sealed_count=i32((ROWS,)),
         raw=i32((ROWS, RAW_COLUMNS)),
         raw_index=i32((ROWS, RAW_COLUMNS)),
@@ -98,10 +99,16 @@ def _arguments(
     return q, pools, i32(()), lists, i32((ROWS,)), i32(())
 
 
-def _floor_bytes(*arguments: Any) -> int:
-    """All that is stored, read once, and the output."""
-    stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments))
-    return stored + arguments[0].size * arguments[0].dtype.itemsize
+def _result_bytes(arguments: tuple[Any, ...], *, mass: bool) -> int:
+    q, pools, _, lists, *_ = arguments
+    numbers = q.size // q.shape[3]  # log-sum-exp
+    if mass:
+        numbers += HEADS * (lists.sealed.size + lists.raw.size * pools.raw.shape[4])
+    return _nbytes(q) + 4 * numbers
+
+
+def _nbytes(arrays: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 CASES = [make_case(*size) for size in SIZES]

@@ -23,7 +23,7 @@ def merge(
     """The results of `decode_attention` from what the programs of its kernel left.
 
     Args:
-      shares: out f32[rows, kv_heads, splits, dim, width], lse (of base 2, very negative where
+      shares: out [rows, kv_heads, splits, dim, width], lse (of base 2, very negative where
         nothing was seen) f32[rows, kv_heads, splits, width]; and for the mass page_lse f32[rows,
         kv_heads, max_sealed, width] and logits f32[rows, kv_heads, max_raw, page_size, width],
         where only pages that were read are written.
@@ -45,7 +45,8 @@ def merge(
     total = jnp.sum(weight, axis=2)
     some = real & (total > 0)
     total = jnp.where(some, total, 1.0)
-    out = jnp.sum(shares["out"][..., :n] * weight[:, :, :, None, :], axis=2) / total[:, :, None]
+    parts = shares["out"].astype(jnp.float32)
+    out = jnp.sum(parts[..., :n] * weight[:, :, :, None, :], axis=2) / total[:, :, None]
     out = jnp.where(some[:, :, None], out, 0.0)  # [rows, kv_heads, dim, n]
     both = jnp.where(some, top + jnp.log2(total), -jnp.inf)
 

@@ -38,7 +38,8 @@ def attention_triton(
 
     Args:
       op: whose settings are looked up.
-      tuning: num_warps, num_stages, `programs` to split the work into, `columns` of a tile (a
+      tuning: num_warps of tiles of 8 queries, and num_warps_wide of wider ones, which need more
+        registers; num_stages, `programs` to split the work into, `columns` of a tile (a
         power of two), `widest` piece of channels. None: what suits the shape and the device.
       interpret: run it in JAX on any device.
     """
@@ -102,10 +103,8 @@ def attention_triton(
     if plan.sealed:
         fine_of = pools.fine_of[layer[0]] if plan.fine_rows else None
         past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
-        lead = codes.base.shape[:4]
         inputs |= {
-            "base_k": codes.base.reshape(*lead, page_size, dim // 2),
-            "base_v": codes.base.reshape(*lead, dim // 2, page_size),
+            "base": codes.base,
             "key_step": codes.key_step,
             "key_zero": codes.key_zero,
             "value_step": codes.value_step,
@@ -124,8 +123,10 @@ def attention_triton(
     check_addressable(**inputs)
 
     width = tiles * tile
+    # One share needs no merging, and can be as short as the result.
+    dtype = jnp.float32 if plan.splits > 1 else q.dtype
     outputs = {
-        "out": jax.ShapeDtypeStruct((rows, heads, plan.splits, dim, width), jnp.float32),
+        "out": jax.ShapeDtypeStruct((rows, heads, plan.splits, dim, width), dtype),
         "lse": jax.ShapeDtypeStruct((rows, heads, plan.splits, width), jnp.float32),
     }
     if plan.mass:
@@ -144,7 +145,8 @@ def attention_triton(
         out_specs=[somewhere] * len(outputs),
         out_shape=list(outputs.values()),
         compiler_params=plt.CompilerParams(
-            num_warps=tuning["num_warps"], num_stages=tuning["num_stages"]
+            num_warps=tuning["num_warps" if tile <= 8 else "num_warps_wide"],
+            num_stages=tuning["num_stages"],
         ),
         interpret=interpret,
     )(*inputs.values())
