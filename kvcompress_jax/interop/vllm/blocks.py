@@ -18,10 +18,10 @@ from typing import Protocol
 import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.interop.vllm.arrays import Row, coarse, decode_of, prefill_of, seals_of
 from kvcompress_jax.interop.vllm.carve import Carve
-from kvcompress_jax.interop.vllm.step import NONE, Decode, Prefill, RawUse, Seals, Step
+from kvcompress_jax.interop.vllm.step import NONE, Seals, Step
 from kvcompress_jax.manager.free_list import FreeList
-from kvcompress_jax.paged import PageTable
 
 PROMOTIONS_PER_STEP = 4
 
@@ -54,29 +54,6 @@ class Counters:
     abandoned: int = 0  # unfinished blocks of sequences that are gone, whose raw page was needed
 
 
-@dataclasses.dataclass
-class Row:
-    """A sequence of the step."""
-
-    first: int  # token of the batch
-    count: int  # new tokens
-    length: int  # tokens, the new ones included
-    blocks: np.ndarray  # i64[pages]
-    at_once: list[int] = dataclasses.field(default_factory=list)  # places sealed without raw page
-
-    def begun(self, page_size: int) -> int:
-        """The first place that the row begins."""
-        return -(-(self.length - self.count) // page_size)
-
-    def stored(self, page_size: int) -> list[int]:
-        """Places that begin and need a raw page."""
-        places = range(self.begun(page_size), len(self.blocks))
-        return [i for i in places if i not in self.at_once]
-
-    def blocks_of(self, places: list[int]) -> list[int]:
-        return [int(self.blocks[i]) for i in places]
-
-
 class BlockStates:
     """State of all blocks of one KV cache group."""
 
@@ -99,7 +76,7 @@ class BlockStates:
         self.kept_bytes = 0
         self.counters = Counters()
         self.steps = 0
-        self._leaving: list[int] = []  # raw pages that the running step still reads
+        self.leaving: list[int] = []  # raw pages that the running step still reads
         self._heat: list[tuple[np.ndarray, np.ndarray]] = []
 
     # -- one step ----------------------------------------------------------------------------
@@ -145,6 +122,7 @@ class BlockStates:
             if self.config.compresses and row.count > 1:
                 places = range(row.begun(size), len(row.blocks))
                 row.at_once = [i for i in places if int(row.blocks[i]) not in wanted]
+        self._spare_raw_pages(rows)
         raw = [b for row in rows for b in row.blocks_of(row.stored(size))]
         self._make_room(len(raw), batch, executor)
         for block, page in zip(raw, self.raw.take(len(raw)), strict=True):
@@ -159,12 +137,12 @@ class BlockStates:
                 if self.raw_of[b] != NONE and b not in wanted
             ]
             self._give_places([*leaving, *direct], executor)
-        columns = _coarse(max((len(row.blocks) for row in rows), default=1), 8)
-        seals = self._seals([int(self.raw_of[b]) for b in leaving], leaving)
+        columns = coarse(max((len(row.blocks) for row in rows), default=1), 8)
+        seals = seals_of(self, [int(self.raw_of[b]) for b in leaving], leaving)
         step = Step(
             fine_of=np.where(self.sealed, self.chunk_of, NONE)[None].astype(np.int32),
-            decode=self._decode([row for row in rows if row.count == 1], columns),
-            prefills=tuple(self._prefill(row, columns) for row in rows if row.count > 1),
+            decode=decode_of(self, [row for row in rows if row.count == 1], columns),
+            prefills=tuple(prefill_of(self, row, columns) for row in rows if row.count > 1),
             seals=seals,
             tokens=int(starts[-1]),
             heat=[],
@@ -178,8 +156,8 @@ class BlockStates:
 
     def _settle(self) -> None:
         """The step before is over: what it read is free, and the heat that it gave is known."""
-        self.raw.give_back(self._leaving)
-        self._leaving = []
+        self.raw.give_back(self.leaving)
+        self.leaving = []
         self.heat *= self.config.heat_decay
         for blocks, mass in self._heat:
             np.add.at(self.heat, blocks, mass)
@@ -221,12 +199,28 @@ class BlockStates:
         """These blocks are sealed by the step that was planned; their raw pages are read by it."""
         for block in blocks:
             if self.raw_of[block] != NONE:
-                self._leaving.append(int(self.raw_of[block]))
+                self.leaving.append(int(self.raw_of[block]))
                 self.raw_of[block] = NONE
             self.sealed[block] = True
         self.counters.seals += len(blocks)
 
     # -- room --------------------------------------------------------------------------------
+
+    def _spare_raw_pages(self, rows: list[Row]) -> None:
+        """Seals full pages of chunks at once, though they are in the window, where raw pages would
+        not be enough even with all full ones sealed early: a sequence then needs two of them, one
+        that it fills and one that it begins."""
+        if not self.config.compresses:
+            return
+        size = self.page_size
+        full = int(np.count_nonzero((self.raw_of != NONE) & (self.filled == size)))
+        short = sum(len(row.stored(size)) for row in rows) - self.raw.free - full
+        for row in rows:
+            for place in row.stored(size) if row.count > 1 else ():
+                if short > 0 and (place + 1) * size <= row.length:
+                    row.at_once.append(place)
+                    self.counters.early_seals += 1
+                    short -= 1
 
     def _make_room(self, pages: int, batch: set[int], executor: Executor) -> None:
         """Frees raw pages until so many are free: full ones are sealed early, the longest unused
@@ -241,10 +235,10 @@ class BlockStates:
             early = [b for b in held if self.filled[b] == self.page_size][:short]
             if early:
                 self._give_places(early, executor)
-                executor.seal(self._seals([int(self.raw_of[b]) for b in early], early))
+                executor.seal(seals_of(self, [int(self.raw_of[b]) for b in early], early))
                 self._close(early)
-                self.raw.give_back(self._leaving)
-                self._leaving = []
+                self.raw.give_back(self.leaving)
+                self.leaving = []
                 self.counters.early_seals += len(early)
         for block in held:
             if self.raw.free >= pages:
@@ -294,7 +288,7 @@ class BlockStates:
     def _demote(self, block: int, executor: Executor) -> None:
         """Level 1 to 2; the fine plane is kept on the host as far as that may hold it."""
         chunk = int(self.chunk_of[block])
-        limit, size = self.config.host_bytes, self._chunk_bytes()
+        limit, size = self.config.host_bytes, self.chunk_bytes
         if size <= limit:
             while self.kept_bytes + size > limit:
                 self._drop_kept(next(iter(self.kept)))
@@ -328,147 +322,9 @@ class BlockStates:
 
     def _drop_kept(self, block: int) -> None:
         if self.kept.pop(block, None) is not None:
-            self.kept_bytes -= self._chunk_bytes()
+            self.kept_bytes -= self.chunk_bytes
 
-    def _chunk_bytes(self) -> int:
+    @property
+    def chunk_bytes(self) -> int:
+        """A fine chunk of all layers."""
         return self.layers * self.carve.layout.fine_chunk_bytes
-
-    # -- index arrays ------------------------------------------------------------------------
-
-    def _seals(self, raw: list[int], blocks: list[int]) -> Seals:
-        return Seals(
-            raw=np.asarray(raw, np.int64),
-            block=np.asarray(blocks, np.int64),
-            chunk=self.chunk_of[blocks].astype(np.int64),
-            sink=self.sink_of[blocks].astype(np.int64),
-        )
-
-    def _decode(self, rows: list[Row], columns: int) -> Decode | None:
-        if not rows:
-            return None
-        size, padded = self.page_size, _power_of_two(len(rows))
-        places = [np.flatnonzero(self.raw_of[row.blocks] != NONE) for row in rows]
-        raw_columns = _coarse(max(len(p) for p in places), 4)
-        table = self._table(rows, padded, columns, raw_columns)
-        for r, (row, place) in enumerate(zip(rows, places, strict=True)):
-            table.raw[r, : len(place)] = self.raw_of[row.blocks[place]]
-            table.raw_index[r, : len(place)] = place
-            table.raw_count[r] = len(place)
-        page = np.asarray([self.raw_of[row.blocks[-1]] for row in rows], np.int64)
-        offset = np.asarray([(row.length - 1) % size for row in rows], np.int64)
-        return Decode(
-            tokens=np.asarray([row.first for row in rows], np.int64),
-            page=page,
-            offset=offset,
-            begun=page[offset == 0],
-            table=table,
-            query_lengths=(np.arange(padded) < len(rows)).astype(np.int32),
-            use=RawUse(
-                row=np.repeat(np.arange(len(rows)), [len(p) for p in places]),
-                column=np.concatenate([np.arange(len(p)) for p in places]),
-                page=np.concatenate(
-                    [self.raw_of[row.blocks[p]] for row, p in zip(rows, places, strict=True)]
-                ).astype(np.int64),
-                seen=np.concatenate(
-                    [_seen(p, row, size) for row, p in zip(rows, places, strict=True)]
-                ),
-            ),
-        )
-
-    def _prefill(self, row: Row, columns: int) -> Prefill:
-        size, before = self.page_size, row.length - row.count
-        begun = row.begun(size)
-        old = np.flatnonzero(self.raw_of[row.blocks[:begun]] != NONE)
-        new = np.arange(begun, len(row.blocks))
-        place = np.concatenate([old, new])
-        raw = self.raw_of[row.blocks[place]].astype(np.int64)
-        unfinished = int(before % size > 0)
-        changed = np.flatnonzero(raw != NONE)
-        direct = np.flatnonzero(raw == NONE)
-        return Prefill(
-            first=row.first,
-            count=row.count,
-            length=row.length,
-            start=(len(old) - unfinished) * size + before % size,
-            index=place.astype(np.int32),
-            old=raw[: len(old)],
-            raw=raw,
-            changed=changed[changed >= len(old) - unfinished],
-            begun=raw[len(old) :][raw[len(old) :] != NONE],
-            seen=_seen(place, row, size),
-            table=self._table([row], 1, columns, 0),
-            seals=self._seals(direct.tolist(), row.blocks[place[direct]].tolist()),
-        )
-
-    def _table(self, rows: list[Row], padded: int, columns: int, raw_columns: int) -> PageTable:
-        """The sealed pages of rows; the raw part is zeros."""
-
-        def zeros(*shape: int) -> np.ndarray:
-            return np.zeros((padded, *shape), np.int32)
-
-        sink = np.full(padded, NONE, np.int32)
-        table = PageTable(
-            sealed=zeros(columns),
-            sealed_index=zeros(columns),
-            sealed_count=zeros(),
-            raw=zeros(raw_columns),
-            raw_index=zeros(raw_columns),
-            raw_count=zeros(),
-            sink=sink,
-            length=zeros(),
-        )
-        for r, row in enumerate(rows):
-            place = np.flatnonzero(self.sealed[row.blocks])
-            table.sealed[r, : len(place)] = row.blocks[place]
-            table.sealed_index[r, : len(place)] = place
-            table.sealed_count[r] = len(place)
-            if self.sealed[row.blocks[0]]:
-                sink[r] = self.sink_of[row.blocks[0]]
-            table.length[r] = row.length
-        return table
-
-    def verify(self) -> None:
-        """Raises AssertionError with a line for everything that does not add up."""
-        wrong = []
-        raw = [*self.raw_of[self.raw_of != NONE].tolist(), *self._leaving]
-        for pool, ids in (
-            (self.raw, raw),
-            (self.chunks, self.chunk_of[self.chunk_of != NONE].tolist()),
-            (self.sinks, self.sink_of[self.sink_of != NONE].tolist()),
-        ):
-            if len(set(ids)) != len(ids):
-                wrong.append(f"{pool.name}: expected each id once, got {sorted(ids)}")
-            if len(ids) != pool.used or not all(pool.is_used(i) for i in ids):
-                wrong.append(f"{pool.name}: expected {pool.used} in use, got {len(ids)}")
-        both = np.flatnonzero(self.sealed & (self.raw_of != NONE))
-        if len(both):
-            wrong.append(f"blocks: expected raw or sealed, got both for {both.tolist()}")
-        orphans = np.flatnonzero(~self.sealed & ((self.chunk_of != NONE) | (self.sink_of != NONE)))
-        if len(orphans):
-            wrong.append(f"blocks: expected chunks of sealed ones alone, got {orphans.tolist()}")
-        stale = [b for b in self.kept if not self.sealed[b] or self.chunk_of[b] != NONE]
-        if stale:
-            wrong.append(f"kept fine planes: expected those of level 2 alone, got {stale}")
-        if self.kept_bytes != len(self.kept) * self._chunk_bytes():
-            wrong.append(f"kept bytes: expected {len(self.kept)} planes, got {self.kept_bytes}")
-        if wrong:
-            raise AssertionError("\n".join(wrong))
-
-
-def _seen(places: np.ndarray, row: Row, size: int) -> np.ndarray:
-    """f32[places, size]: how many of the row's new tokens could see each token."""
-    token = places[:, None] * size + np.arange(size)
-    first = row.length - row.count
-    return np.clip(row.length - np.maximum(token, first), 0, None).astype(np.float32)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
-
-
-def _coarse(n: int, least: int) -> int:
-    """`least` times the smallest power of four that makes it at least n: few sizes to compile."""
-    while least < n:
-        least *= 4
-    return least

@@ -12,6 +12,7 @@ from kvcompress_jax.interop.vllm.carve import Carve, carve, layer_layout
 from kvcompress_jax.interop.vllm.layer import AllLayers, LayerMemory
 from kvcompress_jax.interop.vllm.stats import VllmCompressionStats, compression_stats
 from kvcompress_jax.interop.vllm.step import Step
+from kvcompress_jax.interop.vllm.verify import verify
 
 # Of this process, for the worker to find.
 GROUPS: list[Group] = []
@@ -63,7 +64,7 @@ class Group:
 
     def verify(self) -> None:
         """Raises AssertionError for whatever does not add up."""
-        self.states.verify()
+        verify(self.states)
         for name, memory in self.executor.memories.items():
             end = 0
             for region in self.carve.regions:

@@ -5,8 +5,10 @@ vLLM has no way for a worker's own figures to the front end, which is another pr
 one machine, or the workers' figures are missing. A file per worker, replaced whole, needs no lock.
 """
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +27,17 @@ _COUNTERS = frozenset(
 _published = 0.0
 
 
-def make_directory() -> Path:
-    """The directory of this engine's figures, in the environment of the processes to come."""
-    held = os.environ.get(DIRECTORY_VARIABLE)
-    if held is None:
-        held = tempfile.mkdtemp(prefix="kvcompress-")
-        os.environ[DIRECTORY_VARIABLE] = held
-    return Path(held)
+def collect_from_workers() -> None:
+    """Makes the directory of this engine's figures, in the environment of the processes to come,
+    and gives its collector to Prometheus. Once: in the front end, which starts the others."""
+    if DIRECTORY_VARIABLE in os.environ:
+        return
+    from prometheus_client import REGISTRY
+
+    directory = tempfile.mkdtemp(prefix="kvcompress-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    os.environ[DIRECTORY_VARIABLE] = directory
+    REGISTRY.register(Collector(Path(directory)))
 
 
 def publish(figures: Callable[[], Any]) -> None:

@@ -55,7 +55,7 @@ class CompressedPlatform:
                 f" {parallel.worker_extension_cls}"
             )
         parallel.worker_extension_cls = WORKER
-        metrics.make_directory()
+        metrics.collect_from_workers()
 
     @classmethod
     def get_attn_backend_cls(

@@ -42,7 +42,6 @@ def read_config(
         "KVCOMPRESS_DISK_PATH": config.disk_path,
         "KVCOMPRESS_PREFIX_CACHE_BYTES": config.prefix_cache_bytes,
         "floor_layers": config.floor_layers,
-        "bound (KVCOMPRESS_FORCE=1 goes without)": None if config.force else config.bound,
     }
     for name, value in refused.items():
         if value:

@@ -12,6 +12,7 @@ from kvcompress_jax.interop.vllm.blocks import BlockStates  # noqa: E402
 from kvcompress_jax.interop.vllm.carve import carve, content_bytes, layer_layout  # noqa: E402
 from kvcompress_jax.interop.vllm.layer import AllLayers, LayerMemory  # noqa: E402
 from kvcompress_jax.interop.vllm.stats import compression_stats, merge  # noqa: E402
+from kvcompress_jax.interop.vllm.verify import verify  # noqa: E402
 
 HEADS, GROUP, DIM, PAGE = 2, 2, 32, 16
 SCALE = DIM**-0.5
@@ -72,6 +73,8 @@ class Engine:
         starts, lengths, parts = [0], [], []
         for sequence, count in batch:
             k, v, q = self.tokens(count)
+            if not len(sequence["k"]):  # first tokens are unlike the others: they are kept exactly
+                k[:4], v[:4] = 4 * k[:4], 4 * v[:4]
             sequence["k"] = np.concatenate([sequence["k"], k])
             sequence["v"] = np.concatenate([sequence["v"], v])
             length = len(sequence["k"])
@@ -87,7 +90,7 @@ class Engine:
         step = self.states.plan(np.array(starts), np.array(lengths), tables, self.executor)
         out = torch.full(q.shape, torch.nan)
         self.layer.forward(q, k, v, out, step, scale=SCALE, soft_cap=None)
-        self.states.verify()
+        verify(self.states)
         errors = []
         for r, (sequence, _) in enumerate(batch):
             expected = dense(sequence, parts[r][2])
@@ -190,6 +193,22 @@ def test_too_few_raw_pages_seal_early_and_then_say_so():
         engine.step([(engine.sequence(), 1) for _ in range(raw + 1)])
 
 
+def test_verify_can_say_no():
+    engine = Engine(SMALL)
+    engine.step([(engine.sequence(), 60)])
+    states = engine.states
+    block = int(np.flatnonzero(states.sealed)[0])
+    chunk = states.chunk_of[block]
+    states.chunk_of[block] = -1
+    with pytest.raises(AssertionError, match="fine chunks: expected 2 in use, got 1"):
+        verify(states)
+    states.chunk_of[block] = chunk
+    verify(states)
+    states.raw_of[block] = states.raw_of[states.raw_of >= 0][0]
+    with pytest.raises(AssertionError, match="raw pages: expected each id once"):
+        verify(states)
+
+
 def test_a_block_that_is_gone_is_an_error_not_an_answer():
     engine = Engine(SMALL)
     one = engine.sequence()
@@ -199,7 +218,7 @@ def test_a_block_that_is_gone_is_an_error_not_an_answer():
     with pytest.raises(RuntimeError, match="block 40: expected keys and values, got none"):
         engine.step([(lost, 5)])
     one["k"], one["v"] = one["k"][:18], one["v"][:18]
-    with pytest.raises(RuntimeError, match="expected a raw page with 18 tokens, got 20"):
+    with pytest.raises(RuntimeError, match="expected a raw page with 2 tokens, got 4"):
         engine.step([(one, 5)])
 
 
