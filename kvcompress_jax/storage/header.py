@@ -19,6 +19,7 @@ MAX_HEADER_BYTES = 1 << 16
 MAX_PLANES = 64
 MAX_KEY_BYTES = 64
 MAX_TEXT = 256
+MAX_PLANE_BYTES = 1 << 40
 # A plane that gets smaller than that is stored as it is: a reader never needs more memory than so
 # many times the size of the file.
 MAX_EXPANSION = 64
@@ -133,6 +134,9 @@ def _plane(fields: object) -> PlaneInfo:
         stored_bytes=_whole("stored_bytes", fields["stored_bytes"], most=2**40),
         digest=_text("digest", fields["digest"]),
     )
+    # Without the axes of no length: NumPy counts them so.
+    extent = math.prod(max(n, 1) for n in plane.shape) * DTYPES[dtype].itemsize
+    _check("shape", f"at most {MAX_PLANE_BYTES} bytes", shape, extent <= MAX_PLANE_BYTES)
     if encoding == "raw":
         fits = plane.nbytes == plane.stored_bytes
         _check(f"{plane.name}: stored_bytes", plane.nbytes, plane.stored_bytes, fits)
@@ -157,6 +161,7 @@ def _same_fields(what: str, fields: object, names: list[str]) -> None:
 def _text(name: str, x: Any) -> str:
     _check(name, f"a text of 1 to {MAX_TEXT} characters", x, isinstance(x, str))
     _check(name, f"1 to {MAX_TEXT} characters", len(x), 0 < len(x) <= MAX_TEXT)
+    _check(name, "printable characters", ascii(x), x.isprintable())
     return str(x)
 
 

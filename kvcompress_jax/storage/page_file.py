@@ -72,7 +72,8 @@ class PageRecord:
             _expect(name, f"at most {MAX_KEY_BYTES} bytes", len(x) <= MAX_KEY_BYTES, x)
         names = [("model", self.model), ("codec", self.codec)]
         for what, text in (*names, *(("plane", name) for name in self.planes)):
-            _expect(what, f"1 to {MAX_TEXT} characters", 0 < len(text) <= MAX_TEXT, text)
+            fits = 0 < len(text) <= MAX_TEXT and text.isprintable()
+            _expect(what, f"1 to {MAX_TEXT} printable characters", fits, text)
         _expect("level", "0 to 255", 0 <= self.level <= 255, self.level)
         count = len(self.planes)
         _expect("planes", f"at most {MAX_PLANES}", count <= MAX_PLANES, count)

@@ -182,7 +182,7 @@ def test_what_nobody_fetches_does_not_pile_up(tmp_path):
 )
 def test_a_disk_that_fails_loses_a_page_and_nothing_else(tmp_path, caplog, step, error):
     files = FailingFiles()
-    tier = tier_in(tmp_path, files=files, pause_s=0.5)
+    tier = tier_in(tmp_path, files=files, pause_s=600.0)
     tier.put(b"before", planes(0))
     assert tier.flush(timeout_s=30)
     files.failing[step] = error
@@ -195,14 +195,28 @@ def test_a_disk_that_fails_loses_a_page_and_nothing_else(tmp_path, caplog, step,
     assert same_planes(tier.load(b"before", timeout_s=30), planes(0))
     assert same_planes(tier.get(b"later"), planes(2))  # waits in memory
     files.failing.clear()
-    time.sleep(0.6)  # the pause is over
-    assert tier.flush(timeout_s=30) and len(tier) == 2
     assert [p.name for p in tmp_path.glob(".*.tmp")] == []
     tier.close()
     again = tier_in(tmp_path)
-    assert len(again) == 2 and again.stats().skipped == 0
-    assert same_planes(again.load(b"later", timeout_s=30), planes(2))
+    assert len(again) == 1 and again.stats().skipped == 0
+    assert same_planes(again.load(b"before", timeout_s=30), planes(0))
     again.close()
+
+
+def test_writing_goes_on_after_a_pause(tmp_path):
+    files = FailingFiles()
+    tier = tier_in(tmp_path, files=files, pause_s=0.05)
+    files.failing["write"] = FULL
+    tier.put(b"lost", planes(1))
+    tier.flush(timeout_s=30)
+    files.failing.clear()
+    tier.put(b"later", planes(2))
+    end = time.monotonic() + 60
+    while not tier.flush(timeout_s=30) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(tier) == 1 and tier.stats().lost == 1
+    assert same_planes(tier.load(b"later", timeout_s=30), planes(2))
+    tier.close()
 
 
 def test_pages_that_cannot_be_read_are_misses(tmp_path, caplog):

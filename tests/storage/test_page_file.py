@@ -20,7 +20,7 @@ from kvcompress_jax.storage.page_file import (
 )
 from tests.storage.pages import planes, record, same_planes
 
-texts = st.text(min_size=1, max_size=20)
+texts = st.text(min_size=1, max_size=20).filter(str.isprintable)
 bits = hnp.arrays(np.uint8, st.integers(0, 64))
 
 
@@ -121,8 +121,9 @@ def test_the_header_does_not_need_the_planes():
         ({"key": b""}, "key: expected 1 to 64 bytes, got b''"),
         ({"key": bytes(65)}, "key: expected 1 to 64 bytes"),
         ({"tokens_hash": bytes(65)}, "tokens_hash: expected at most 64 bytes"),
-        ({"model": ""}, "model: expected 1 to 256 characters, got ''"),
-        ({"codec": "x" * 257}, "codec: expected 1 to 256 characters"),
+        ({"model": ""}, "model: expected 1 to 256 printable characters, got ''"),
+        ({"codec": "x" * 257}, "codec: expected 1 to 256 printable characters"),
+        ({"model": "\x1b[2J"}, "model: expected 1 to 256 printable characters"),
         ({"level": 256}, "level: expected 0 to 255, got 256"),
         ({"planes": {"x": np.zeros(1)}}, "plane x: expected one of "),
         ({"planes": {"x": np.zeros((1,) * 9, "u1")}}, "plane x: expected at most 8 axes, got "),
