@@ -135,6 +135,7 @@ def soak(seconds: float, *, warm_seconds: float, seed: int) -> dict:
     claimed = manager.sizes.total_bytes(manager.layout)
     held = sum(x.nbytes for x in jax.tree.leaves(runner.cache)) - runner.cache.rejected.nbytes
     assert claimed == held == stats["pool_bytes"], "bytes"
+    assert times, "no step without a new program after the warm-up: make it longer"
     quantile = np.quantile(times, [0.5, 0.99])
     return {
         "steps": steps,

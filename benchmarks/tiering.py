@@ -35,7 +35,7 @@ class SimulatedDevice:
     def __init__(self, layout, sizes):
         self.heat_of = np.zeros(sizes.sealed_pages, np.float32)
         self._all = np.ones(sizes.sealed_pages, bool)
-        self._plane = (2, KV_HEADS, layout.fine_rows, HEAD_DIM // 2)
+        self._plane = (2, KV_HEADS, layout.fine_rows * HEAD_DIM // 2)
         raw = (1, layout.uncompressed_page_bytes)
         self._raw = np.broadcast_to(np.uint8(0), raw)
 
@@ -172,8 +172,11 @@ class Server:
         self.running: list[tuple[int, Turn, int]] = []  # sequence, turn, tokens that are left
 
     def admit(self, turn: Turn) -> bool:
-        """Feeds a prompt; False when there is no room now."""
+        """Feeds a prompt; False when there is no room now for it and all who run, to the end."""
         manager = self.manager
+        need = sum(t.pages for _, t, _ in self.running) + turn.pages
+        if need > manager.sealed.capacity:
+            return False
         try:
             sequence, _ = manager.add_prompt(self, turn.prompt, step_tokens=CHUNK)
         except OutOfPagesError:

@@ -47,6 +47,11 @@ class Turn:
     topical: float
     focus: float
 
+    @property
+    def pages(self) -> int:
+        """Of 64 tokens, at the end."""
+        return (len(self.prompt) + self.answer) // 64 + 2
+
     def relevance(self, pages: int) -> np.ndarray:
         """f64[pages], how much the answer needs each: those of one place, and the newest, more."""
         random = np.random.default_rng(self.seed)
