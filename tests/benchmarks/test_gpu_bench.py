@@ -58,7 +58,8 @@ def test_disagreement(dtype):
     other = a.at[3].set(jnp.roll(a[3], 1))
     assert "differ" in disagreement(other, a)
     if dtype == "bfloat16":
-        assert disagreement(a * jnp.bfloat16(1.005), a) is None
+        assert disagreement(jnp.nextafter(a, jnp.full_like(a, jnp.inf)), a) is None
+        assert disagreement(a * jnp.bfloat16(1.02), a) is not None
         assert disagreement(a.at[0, 0].set(jnp.nan), a) is not None
     if dtype == "uint8":  # one of 4,096 lies on a border; four of 64 do not
         assert disagreement(a.at[0, 0].add(jnp.uint8(1)), a) is None

@@ -241,7 +241,9 @@ def test_settings(tmp_path):
     assert CompressionConfig.from_env(environment).learned_importance == str(path)
     toml = tmp_path / "config.toml"
     toml.write_text('learned_importance = "score.safetensors"\ntelemetry_share = 0.1\n')
-    assert CompressionConfig.from_toml(toml).learned_importance == "score.safetensors"
+    assert CompressionConfig.from_toml(toml).learned_importance == str(
+        tmp_path / "score.safetensors"
+    )
     toml.write_text("learned_importance = 3\n")
     with pytest.raises(ConfigError, match="learned_importance: expected str, got 3"):
         CompressionConfig.from_toml(toml)
