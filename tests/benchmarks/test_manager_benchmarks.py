@@ -40,7 +40,7 @@ def test_a_step_without_seals_asks_the_device_for_nothing():
 
 
 def test_the_overhead_is_that_of_steps_that_seal():
-    found = manager_overhead.measure(8, 6, 64, pressure=0.5)
+    found = manager_overhead.measure(8, 6, 64, pressure=0.25)
     assert found["seals_a_step"] == 8 / 64
     assert found["demotions_a_step"] > 0
     parts = found["advance"] + found["append_step"] + found["table"]
@@ -50,7 +50,7 @@ def test_the_overhead_is_that_of_steps_that_seal():
 
 @pytest.mark.parametrize("policy", tiering.POLICIES)
 def test_a_simulation_adds_up(policy):
-    found = tiering.simulate("chats", policy, steps=120, refined=0.02, seed=1)
+    found = tiering.simulate("documents", policy, steps=60, refined=0.02, seed=1)
     mass = [found[f"mass at level {level}"] for level in range(3)]
     assert np.isclose(sum(mass), 1.0)
     assert mass[2] > 0  # there is pressure
