@@ -149,7 +149,12 @@ class LevelControl:
                     heat, float(store.heat[cold.sealed]), self.config
                 ):
                     continue
+                if not store.host.ready(page.uid):  # nobody makes room for what is not there yet
+                    self._waiting[page.uid] = page
+                    continue
+                planes = store.host.take(page.uid)  # those of the cold page could displace them
                 self._demote(cold, draft, cache)
+                store.host.put(page.uid, planes, page.tenant)
             self._promote(page, draft)
 
     def _coldest(self, tenant: str, draft: Draft) -> Page | None:

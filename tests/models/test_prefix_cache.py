@@ -162,7 +162,7 @@ def test_a_tenant_with_a_share_keeps_what_it_has():
 
 
 def test_a_preempted_request_gives_its_pages_back():
-    tight = PoolSizes(raw_pages=10, sealed_pages=16, fine_chunks=48, sink_slots=6)
+    tight = PoolSizes(raw_pages=8, sealed_pages=16, fine_chunks=48, sink_slots=6)
     cached, plain = engine(sizes=tight), engine(prefix_cache_bytes=None)
     requests = [cached.submit(p, max_new_tokens=16) for p in (FIRST, SECOND, FIRST[20:])]
     cached.run()
