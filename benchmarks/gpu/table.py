@@ -9,8 +9,8 @@ from benchmarks.gpu.report import CaseReport, KernelReport, from_json
 HEAD = """# What the GPU kernels compile to
 
 Made by `make gpu-gate GATE_ARGS=--write` on a machine without a GPU; `make gpu-gate` compiles again
-and fails when this page no longer holds; CI judges attention anew. **Nothing here was timed.** Every case is compiled for the GPU it
-names, assembled and taken apart:
+and fails when this page no longer holds; CI judges attention anew.
+**Nothing here was timed.** Every case is compiled for the GPU it names, assembled and taken apart:
 
 - *registers*, *spilled*, *stack*, *shared*: of a thread, bytes of a thread, bytes of a block.
 - *occupancy*: the share of a core's threads that can live at a time, at most.
