@@ -10,6 +10,7 @@ import pytest
 from kvcompress_jax.codec import decode
 from kvcompress_jax.importance import ImportanceRule
 from kvcompress_jax.paged.page_code import PageCode, code_page, encode_page, fit_page
+from kvcompress_jax.paged.plane_bytes import unpack_planes
 
 PAGES, HEADS, PAGE, DIM, FINE = 6, 2, 32, 64, 16
 
@@ -42,8 +43,7 @@ def test_the_order_is_a_permutation_when_all_is_one_program(rule):
     assert not are_permutations(np.asarray(code.order) // 2 * 2)
     # Every value is within half a step of what stands in its slot, wherever that is.
     stored = jnp.take_along_axis(values, code.order.astype(jnp.int32)[..., None], axis=-2)
-    base = np.asarray(code.base)[:, 1]
-    position = jnp.asarray(np.concatenate([base & 15, base >> 4], axis=-1))
+    _, position = unpack_planes(code.base, DIM)
     error = jnp.abs(decode(position, code.value_scale, axis=-1) - stored)
     assert jnp.all(error <= 0.51 * code.value_scale.step[..., None].astype(jnp.float32))
     assert not jnp.all(
