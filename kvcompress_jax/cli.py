@@ -10,7 +10,7 @@ from typing import NoReturn
 from kvcompress_jax import doctor
 from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
 from kvcompress_jax.lab import bench_command, calibrate_command, compare_command, tune_command
-from kvcompress_jax.lab.arguments import add_model, at_least_two, read_model
+from kvcompress_jax.lab.arguments import add_kv_dtype, add_model, at_least_two, read_model
 from kvcompress_jax.metrics import commands as metrics_commands
 from kvcompress_jax.metrics.commands import MetricsError
 from kvcompress_jax.quality import QualityError
@@ -224,12 +224,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with a configuration that does not keep its bound; the log says so",
     )
-    parser.add_argument(
-        "--kv-dtype",
-        choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="of the uncompressed cache and of level 0 (default: %(default)s)",
-    )
+    add_kv_dtype(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
 

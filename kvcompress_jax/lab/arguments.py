@@ -26,6 +26,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
+    """--kv-dtype."""
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the uncompressed cache and of level 0 (default: %(default)s)",
+    )
+
+
 def read_model(args: argparse.Namespace, progress: Callable[[str, float], None]) -> Model:
     """The model of `add_model`.
 

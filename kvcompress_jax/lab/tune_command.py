@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcompress_jax.config import CompressionConfig, ConfigError
-from kvcompress_jax.lab.arguments import add_model, at_least
+from kvcompress_jax.lab.arguments import add_kv_dtype, add_model, at_least
 from kvcompress_jax.quality import QualityBound, QualityError
 
 if TYPE_CHECKING:
@@ -105,12 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="that are teacher-forced on them (default: %(default)s)",
     )
-    parser.add_argument(
-        "--kv-dtype",
-        choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="of the uncompressed cache and of level 0 (default: %(default)s)",
-    )
+    add_kv_dtype(parser)
     parser.add_argument(
         "--out",
         type=Path,
