@@ -34,6 +34,7 @@ from kvcompress_jax.paged import (
 )
 from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.measure import measure
+from kvcompress_jax.paged.raw_bits import hold_bits, release_bits
 from kvcompress_jax.quality import admit
 
 if TYPE_CHECKING:
@@ -139,8 +140,8 @@ def run_step(
 
     if track_mass:
         cache = cool(cache, decay)
-    hidden, cache = decode(params, config, step.tokens, step.positions, attention, cache)
-    return logits(params, config, hidden[step.wanted]), cache
+    hidden, cache = decode(params, config, step.tokens, step.positions, attention, hold_bits(cache))
+    return logits(params, config, hidden[step.wanted]), release_bits(cache)
 
 
 class Runner:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.raw_bits import to_pool
 
 
 def append(
@@ -36,7 +37,8 @@ def append(
     page = jnp.where(slots < 0, cache.raw.shape[1], slots // layout.page_size)
     offset = slots % layout.page_size
     at = (layer, page, slice(None), slice(None), offset)
-    kv = jnp.stack([k, v], axis=1).astype(cache.raw.dtype)  # [tokens, 2, heads, dim]
+    kv = jnp.stack([k, v], axis=1)  # [tokens, 2, heads, dim]
+    kv = to_pool(kv, cache.raw, layout.jax_dtype)
     cache = dataclasses.replace(cache, raw=cache.raw.at[at].set(kv, mode="drop"))
     if not layout.statistics:
         return cache

@@ -14,6 +14,7 @@ from jax import lax
 
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.layout import CacheLayout
+from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.read import decode_pages, slot_tokens
 from kvcompress_jax.paged.table import PageTable
 
@@ -109,7 +110,8 @@ def attend_xla(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         token = index[:, :, None] * page_size + offsets[None, None, :]  # [rows, pages, tokens]
         written = live[:, :, None] & (token < table.length[:, None, None])
-        kv = cache.raw[layer, ids].astype(jnp.float32)  # [rows, pages, 2, heads, tokens, dim]
+        kv = from_pool(bits(cache.raw)[layer, ids], layout.jax_dtype)
+        kv = kv.astype(jnp.float32)  # [rows, pages, 2, heads, tokens, dim]
         # What is not written yet may hold NaN, and 0 * NaN is NaN.
         kv = jnp.where(written[:, :, None, None, :, None], kv, 0.0)
         mask = written[:, None, None] & visible(token[:, None, None])

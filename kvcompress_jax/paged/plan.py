@@ -8,6 +8,7 @@ from jax import lax
 
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.host_arrays import HostArray
+from kvcompress_jax.paged.raw_bits import hold_bits, release_bits
 from kvcompress_jax.paged.seal import Sealing, seal
 
 
@@ -90,7 +91,7 @@ def copy_raw(cache: PagedCache, copies: RawCopy) -> PagedCache:
             cache, raw=move(cache.raw), mass=move(cache.mass), seen=move(cache.seen)
         )
 
-    return lax.fori_loop(0, copies.count, body, cache)
+    return release_bits(lax.fori_loop(0, copies.count, body, hold_bits(cache)))
 
 
 def apply_plan(cache: PagedCache, plan: Plan) -> PagedCache:

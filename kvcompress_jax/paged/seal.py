@@ -11,6 +11,7 @@ from kvcompress_jax.calibrated.code import LARGEST
 from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.page_code import PageCode, PageFit, code_page, fit_page
+from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.seal_rows import seal_rows
 from kvcompress_jax.paged.seal_triton import seal_triton
 from kvcompress_jax.paged.sealing import Sealing
@@ -57,11 +58,10 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
-        # Tied to i: what does not depend on it leaves the loop, and on JAX 0.10 that was a copy of
-        # the whole pool as float32, which is how XLA reads bfloat16 on CPUs there.
+        # Tied to i: what does not depend on it leaves the loop, and would be a copy of the pool.
         pool, i = lax.optimization_barrier((cache.raw, i))
         raw = sealing.raw[i]
-        kv = pool[:, raw]  # [layers, 2, heads, page_size, dim]
+        kv = from_pool(bits(pool)[:, raw], layout.jax_dtype)  # [layers, 2, heads, page_size, dim]
         if layout.statistics:
             mass, seen = cache.mass[:, raw], cache.seen[:, raw]
         else:

@@ -9,6 +9,7 @@ from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.manager import OutOfPagesError, device
 from kvcompress_jax.models.dense import dense_forward
 from kvcompress_jax.models.runner import make_runner, run_step
+from kvcompress_jax.paged.raw_bits import bits
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
 
 LOGIT_TOLERANCE = 1e-3  # both are float32 sums of some thousand products; seen: 1e-5
@@ -136,8 +137,6 @@ def test_compressed_logits_stay_near(name):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_step_and_a_plan_work_in_place(monkeypatch, kv_dtype, enabled):
     """Neither holds a second copy of any pool."""
-    if kv_dtype == "bfloat16" and jax.__version_info__ < (0, 12):
-        pytest.skip("XLA before JAX 0.12 writes bfloat16 on a CPU through a float32 copy")
     config = CompressionConfig(enabled=enabled)
     runner = runner_of(tiny_model(CONFIGS["llama"]), config, tokens=200_000, kv_dtype=kv_dtype)
     calls = []
@@ -156,9 +155,11 @@ def test_a_step_and_a_plan_work_in_place(monkeypatch, kv_dtype, enabled):
     runner.extend(runner.manager.add(), [1] * 224)
     pools = sum(x.nbytes for x in jax.tree.leaves(runner.cache))
     assert len(calls) == 7 + 2 * enabled  # steps, and plans that seal
+    # On a CPU, JAX before 0.12 holds the raw pages of bfloat16 as integers in between.
+    held = 0 if bits(runner.cache.raw) is runner.cache.raw else runner.cache.raw.nbytes
     for analysis in calls:
         assert analysis.alias_size_in_bytes >= pools
-        assert analysis.temp_size_in_bytes < pools / 8
+        assert analysis.temp_size_in_bytes < held + pools / 8
     # The same judge sees a step that is not in place.
     copied = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache)).lower(runner.cache).compile()
     assert copied.memory_analysis().alias_size_in_bytes < pools
