@@ -29,6 +29,8 @@ CASES = {
     "window-cap": (16, 64, 2, 2, "float16", 0.5, {"window": 20, "soft_cap": 2.0}),
     "all-refined": (32, 96, 7, 1, "float16", 1.0, {}),
     "prefill": (16, 64, 2, 6, "bfloat16", 0.25, {}),
+    "one-head": (16, 128, 1, 1, "bfloat16", 0.5, {}),
+    "sixteen-heads": (16, 256, 16, 1, "float16", 0.5, {}),
 }
 
 
