@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks.gpu.cases import all_cases
 from benchmarks.gpu.roofline import FINE_ROWS, LEVELS, PAGE_SIZE, SHAPES, Shape, page_bytes
 from kvcompress_jax.kernels.case import Case
+from kvcompress_jax.kernels.decode_attention import cases as decode_cases
 from kvcompress_jax.kernels.hadamard import cases as hadamard_cases
 from kvcompress_jax.kernels.open_page import cases as open_cases
 from kvcompress_jax.kernels.seal_page import cases as seal_cases
@@ -53,6 +54,7 @@ def main() -> int:
             seal_cases.make_case(16, 64, 8, "bfloat16", True, pages=2, interpret=True),
             open_cases.make_case(16, 64, 8, "bfloat16", pages=2, interpret=True),
             hadamard_cases.make_case(64, "bfloat16", vectors=128, interpret=True),
+            decode_cases.make_case(16, 64, 8, 2, "bfloat16", "mass", tokens=64, interpret=True),
         ]
         return 1 if check_cases(console, cases) else 0
     try:
@@ -88,7 +90,7 @@ def check_cases(console: Console, cases: list[Case]) -> bool:
         function, _ = case.build()
         arguments = case.example()
         got, want = jax.jit(function)(*arguments), jax.jit(case.reference)(*arguments)
-        difference = disagreement(got, want)
+        difference = disagreement(got, want, relative_from=case.relative_from)
         wrong = wrong or difference is not None
         console.print(f"{'WRONG' if difference else 'right'} {case.name} {difference or ''}")
     return wrong

@@ -19,6 +19,7 @@ class Case:
       donate: numbers of the arguments that are updated in place.
       example: gives real arguments to check and time the function with; None: it is not timed.
       reference: of the same arguments, gives what the function must give; None: it is not checked.
+      relative_from: see `kvcompress_jax.lab.agreement.disagreement`.
     """
 
     name: str
@@ -29,3 +30,4 @@ class Case:
     donate: tuple[int, ...] = ()
     example: Callable[[], tuple[Any, ...]] | None = None
     reference: Callable[..., Any] | None = None
+    relative_from: float = 1 / 16

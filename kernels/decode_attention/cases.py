@@ -1,5 +1,6 @@
 """Sizes of `decode_attention`: Llama's, Qwen's, Phi's and Gemma's heads; pages of all levels."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 
 from kvcompress_jax.kernels.case import Case
 from kvcompress_jax.kernels.decode_attention.inputs import AttentionPools, PageLists
+from kvcompress_jax.kernels.decode_attention.reference import attention_reference
 from kvcompress_jax.kernels.decode_attention.triton import attention_triton
 from kvcompress_jax.kernels.pools import init_pools
-from kvcompress_jax.kernels.tuning import Tuning
+from kvcompress_jax.kernels.tuning import Tuning, find_tuning
 
 # page size, dim, refined slots, query heads of a KV head, dtype, options
 SIZES: tuple[tuple[int, int, int, int, str, str], ...] = (
@@ -35,68 +37,121 @@ def make_case(
     *,
     queries: int = 1,
     op: str = "decode_attention",
+    tokens: int = TOKENS,
+    interpret: bool = False,
 ) -> Case:
-    """Sequences of `TOKENS` tokens in sealed pages, of which none is shared, and some raw pages."""
-    arguments = _arguments(page_size, dim, fine_rows, group, dtype, queries)
-    run = functools.partial(
-        attention_triton,
-        scale=dim**-0.5,
-        soft_cap=30.0 if options == "soft_cap" else None,
-        return_mass=options == "mass",
-        op=op,
-        tuning=tuning,
+    """`ROWS` sequences of `tokens` tokens in sealed pages, of which none is shared and every second
+    is refined, and some raw pages."""
+    example = functools.partial(
+        _example, page_size, dim, fine_rows, group, dtype, queries=queries, tokens=tokens
     )
+    arguments = jax.eval_shape(example)
+    kernel = functools.partial(attention_triton, op=op, tuning=tuning, interpret=interpret)
+
+    def run(attention, q, pools, layer, lists, query_lengths, window):  # type: ignore[no-untyped-def]
+        out, lse, mass = attention(
+            q,
+            pools,
+            layer,
+            lists,
+            query_lengths=query_lengths,
+            scale=dim**-0.5,
+            window=window if options == "window" else None,
+            soft_cap=30.0 if options == "soft_cap" else None,
+            return_mass=options == "mass",
+        )
+        return out, lse, mass
+
     name = f"{op}/{page_size}x{dim}/{fine_rows}/{group * queries}/{dtype}"
-
-    def function(q, pools, layer, lists, query_lengths, window):  # type: ignore[no-untyped-def]
-        window = window if options == "window" else None
-        return run(q, pools, layer, lists, query_lengths=query_lengths, window=window)
-
     return Case(
         name=f"{name}/{options}" if options else name,
         op=op,
-        build=lambda: (function, arguments),
+        build=lambda: (functools.partial(run, kernel), arguments),
         floor_bytes=_nbytes(arguments) + _result_bytes(arguments, mass=options == "mass"),
         needs_tensor_cores=True,
+        example=example,
+        reference=functools.partial(run, attention_reference),
+        relative_from=0.5,  # a mean of values errs by a share of the greatest of them
     )
 
 
-def _arguments(
-    page_size: int, dim: int, fine_rows: int, group: int, dtype: str, queries: int
+def candidates(op: str, page_size: int, dim: int) -> list[Tuning]:
+    """Settings that may be best: the default, with one of them changed."""
+    default = dict(find_tuning(op, f"{page_size}x{dim}"))
+    warps = [
+        {key: default[key] * by // 2 for key in ("num_warps", "num_warps_wide")}
+        for by in (1, 4)
+        if default["num_warps"] * by >= 2 and default["num_warps_wide"] * by <= 16
+    ]
+    changes: list[dict[str, int]] = [
+        *warps,
+        *({"num_stages": stages} for stages in (2, 4)),
+        *({"programs": programs} for programs in (512, 2048)),
+        {"widest": 32},
+        {"columns": 8},
+    ]
+    return [default | change for change in changes]
+
+
+def _example(
+    page_size: int, dim: int, fine_rows: int, group: int, dtype: str, *, queries: int, tokens: int
 ) -> tuple[Any, ...]:
-    columns = TOKENS // page_size
+    columns = tokens // page_size
     pages = ROWS * columns
-    codes = jax.eval_shape(
-        lambda: init_pools(
-            layers=1,
-            pages=pages,
-            chunks=pages if fine_rows else 0,
-            heads=HEADS,
-            page_size=page_size,
-            dim=dim,
-            fine_rows=fine_rows,
-        )
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+    pools = init_pools(
+        layers=1,
+        pages=pages,
+        chunks=pages if fine_rows else 0,
+        heads=HEADS,
+        page_size=page_size,
+        dim=dim,
+        fine_rows=fine_rows,
     )
-    i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    vectors = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-    pools = AttentionPools(
-        raw=vectors((1, ROWS * RAW_COLUMNS, 2, HEADS, page_size, dim)),
-        codes=codes,
-        fine_of=i32((1, pages)),
-        sinks=vectors((1, ROWS, 2, HEADS, SINK_TOKENS, dim)),
+
+    def numbers(shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.normal(next(keys), shape, jnp.dtype(dtype))
+
+    def within(x: jax.Array, low: float, high: float) -> jax.Array:
+        return jax.random.uniform(next(keys), x.shape, x.dtype, low, high)
+
+    def planes(x: jax.Array) -> jax.Array:
+        return jax.random.bits(next(keys), x.shape, jnp.uint8)
+
+    order = jnp.argsort(jax.random.bits(next(keys), pools.order.shape), axis=-1)
+    pools = dataclasses.replace(
+        pools,
+        base=planes(pools.base),
+        fine=planes(pools.fine),
+        key_step=within(pools.key_step, 0.1, 0.3),
+        key_zero=within(pools.key_zero, -8.5, -6.5),
+        value_step=within(pools.value_step, 0.1, 0.3),
+        value_zero=within(pools.value_zero, -8.5, -6.5),
+        order=order.astype(jnp.uint8),
     )
+    page = jnp.arange(pages, dtype=jnp.int32)
+    refined = page if fine_rows else jnp.full_like(page, -1)
+    recent = jnp.arange(ROWS * RAW_COLUMNS, dtype=jnp.int32).reshape(ROWS, RAW_COLUMNS)
+    every = functools.partial(jnp.full, (ROWS,), dtype=jnp.int32)
     lists = PageLists(
-        sealed=i32((ROWS, columns)),
-        sealed_index=i32((ROWS, columns)),
-        sealed_count=i32((ROWS,)),
-        raw=i32((ROWS, RAW_COLUMNS)),
-        raw_index=i32((ROWS, RAW_COLUMNS)),
-        raw_count=i32((ROWS,)),
-        sink=i32((ROWS,)),
-        length=i32((ROWS,)),
+        sealed=page.reshape(ROWS, columns),
+        sealed_index=jnp.tile(jnp.arange(columns, dtype=jnp.int32), (ROWS, 1)),
+        sealed_count=every(columns),
+        raw=recent,
+        raw_index=columns + recent % RAW_COLUMNS,
+        raw_count=every(RAW_COLUMNS),
+        sink=jnp.arange(ROWS, dtype=jnp.int32),
+        length=every(tokens + RAW_COLUMNS * page_size - page_size // 2),
     )
-    q = vectors((ROWS, queries, HEADS * group, dim))
-    return q, pools, i32(()), lists, i32((ROWS,)), i32(())
+    attended = AttentionPools(
+        raw=numbers((1, ROWS * RAW_COLUMNS, 2, HEADS, page_size, dim)),
+        codes=pools,
+        fine_of=jnp.where(page % 2 == 0, refined, -1)[None],
+        sinks=numbers((1, ROWS, 2, HEADS, SINK_TOKENS, dim)),
+    )
+    q = numbers((ROWS, queries, HEADS * group, dim))
+    window = jnp.int32(tokens // 2)
+    return q, attended, jnp.int32(0), lists, every(queries), window
 
 
 def _result_bytes(arguments: tuple[Any, ...], *, mass: bool) -> int:

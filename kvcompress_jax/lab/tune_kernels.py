@@ -9,8 +9,10 @@ from pathlib import Path
 import jax
 
 from kvcompress_jax.kernels.case import Case
+from kvcompress_jax.kernels.decode_attention import cases as decode_cases
 from kvcompress_jax.kernels.hadamard import cases as hadamard_cases
 from kvcompress_jax.kernels.open_page import cases as open_cases
+from kvcompress_jax.kernels.prefill_attention import cases as prefill_cases
 from kvcompress_jax.kernels.seal_page import cases as seal_cases
 from kvcompress_jax.kernels.tuning import Tuning, device_file, find_tuning, read_tuning
 from kvcompress_jax.lab.agreement import disagreement
@@ -69,6 +71,25 @@ def tunables() -> list[Tunable]:
                 candidates=hadamard_cases.candidates(size[0]),
             ),
         )
+    attention = {
+        "decode_attention": decode_cases.make_case,
+        "prefill_attention": functools.partial(
+            decode_cases.make_case, queries=prefill_cases.QUERIES, op="prefill_attention"
+        ),
+    }
+    for op, make_case in attention.items():
+        sizes = decode_cases.SIZES if op == "decode_attention" else prefill_cases.SIZES
+        for size in sizes:
+            shape = f"{size[0]}x{size[1]}"
+            found.setdefault(
+                (op, shape),
+                Tunable(
+                    op=op,
+                    shape=shape,
+                    case=functools.partial(_make, make_case, size),
+                    candidates=decode_cases.candidates(op, *size[:2]),
+                ),
+            )
     return list(found.values())
 
 
@@ -86,7 +107,8 @@ def case_seconds(case: Case) -> float:
         raise ValueError(f"{case.name}: expected an example and a reference, got none")
     function, _ = case.build()
     arguments = case.example()
-    wrong = disagreement(jax.jit(function)(*arguments), jax.jit(case.reference)(*arguments))
+    got, want = jax.jit(function)(*arguments), jax.jit(case.reference)(*arguments)
+    wrong = disagreement(got, want, relative_from=case.relative_from)
     if wrong:
         raise ValueError(f"{case.name}: {wrong}")
     return function_seconds(function, arguments, donate=case.donate, calls=CALLS, repeats=7)

@@ -37,7 +37,7 @@ def test_without_a_gpu_it_says_so_in_a_line():
 def test_small_cases_are_checked_on_any_device():
     done = bench("--interpret")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("right ") == 3
+    assert done.stdout.count("right ") == 4
     assert "WRONG" not in done.stdout
 
 
