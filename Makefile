@@ -9,7 +9,7 @@ PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
 # Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-vllm lint bench gpu-gate gpu-roofline clean
+.PHONY: demo test test-vllm lint bench leaderboard gpu-gate gpu-roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
@@ -29,6 +29,22 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/codec_speed.py $(BENCH_ARGS)
+
+# docs/leaderboard.md, of the texts named: make leaderboard TEXTS="prose.txt code.txt". An hour on two
+# cores, calibration included.
+PROFILES := build/leaderboard
+CALIBRATED_BITS := 4.5 3.5 2.5
+
+leaderboard: $(VENV)/.demo $(PROFILES)/.calibrated
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/leaderboard.py $(TEXTS) --out docs \
+	  --profile $(CALIBRATED_BITS:%=$(PROFILES)/smollm2-%.safetensors) \
+	  --outlier-profile $(PROFILES)/outliers-4.5.safetensors $(LEADERBOARD_ARGS)
+
+$(PROFILES)/.calibrated: | $(VENV)/.demo
+	mkdir -p $(PROFILES)
+	$(BIN)/kvcompress calibrate --bits $(CALIBRATED_BITS) --out '$(PROFILES)/smollm2-{bits}.safetensors'
+	$(BIN)/kvcompress calibrate --outlier-keys --bits 4.5 --out $(PROFILES)/outliers-4.5.safetensors
+	touch $@
 
 # A virtual environment of its own: JAX with half of its CUDA plug-in is of no other use.
 GATE_VENV ?= .venv-gate

@@ -1,6 +1,7 @@
 """Many methods, models and texts at matched bits."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def compare(
     setting: Setting,
     *,
     progress: Progress = lambda stage, share: None,
+    measured: Callable[[Comparison], None] = lambda found: None,
 ) -> Comparison:
     """Measures every method at every rate on every model and text.
 
@@ -103,9 +105,10 @@ def compare(
       models: with tokenizers.
       texts: by name.
       methods: names of `METHODS`. One that has no variant at a rate is left out there, and one
-        that has the same variant at several is measured once.
+        that has the same variant at several is measured once, for the rate closest to its bits.
       setting: sizes and rates.
       progress: is told the stage and the share of it that is done.
+      measured: is given all there is after every variant of a method.
 
     Raises:
       TextError: a text is too short.
@@ -114,10 +117,10 @@ def compare(
     recalled: list[Recalled] = []
     for model in models:
         variants = _variants(methods, setting, model)
+        benches = {}
         for name, text in texts.items():
-            stage = f"{model.name}: {name}"
-            progress(stage, 0.0)
-            bench = Bench(
+            progress(f"{model.name}: {name}", 0.0)
+            benches[name] = Bench(
                 model,
                 text,
                 context_tokens=setting.context,
@@ -127,42 +130,59 @@ def compare(
                 window=setting.window,
                 kv_dtype=setting.kv_dtype,
             )
-            measured: list[tuple[str, float, Method, Fidelity]] = [
-                (UNCOMPRESSED_NAME, float("nan"), UNCOMPRESSED, bench.uncompressed)
-            ]
-            for i, (method_name, target, method) in enumerate(variants):
-                measured.append((method_name, target, method, bench.measure(method)))
-                progress(stage, (i + 1) / len(variants))
-            results += [
-                Result(
-                    model=model.name,
-                    text=name,
-                    method=method_name,
-                    settings=repr(method),
-                    target_bits=target,
-                    fidelity=fidelity,
+            progress(f"{model.name}: {name}", 1.0)
+
+        results += [
+            Result(
+                model=model.name,
+                text=name,
+                method=UNCOMPRESSED_NAME,
+                settings=repr(UNCOMPRESSED),
+                target_bits=math.nan,
+                fidelity=bench.uncompressed,
+            )
+            for name, bench in benches.items()
+        ]
+        for i, (method_name, rates, method) in enumerate(variants):
+            for name, bench in benches.items():
+                fidelity = bench.measure(method)
+                results.append(
+                    Result(
+                        model=model.name,
+                        text=name,
+                        method=method_name,
+                        settings=repr(method),
+                        target_bits=closest(rates, fidelity.bits),
+                        fidelity=fidelity,
+                    )
                 )
-                for method_name, target, method, fidelity in measured
-            ]
+            progress(f"{model.name}: methods", (i + 1) / len(variants))
+            measured(Comparison(tuple(results), tuple(recalled)))
         if setting.heat_bits is not None:
             chosen: list[tuple[str, Method]] = [(UNCOMPRESSED_NAME, UNCOMPRESSED)]
-            chosen += [(n, m) for n, target, m in variants if target == setting.heat_bits]
+            chosen += [(n, m) for n, rates, m in variants if setting.heat_bits in rates]
             recalled += _heat(model, texts, chosen, setting, progress)
     return Comparison(tuple(results), tuple(recalled))
 
 
 def _variants(
     methods: Sequence[str], setting: Setting, model: Model
-) -> list[tuple[str, float, Method]]:
+) -> list[tuple[str, tuple[float, ...], Method]]:
+    """Every method's variants, and the rates that each was offered for."""
     profiles = tuple((str(p), read_origin(p)) for p in setting.profiles)
     own = tuple((path, o.bits) for path, o in profiles if o.fingerprint == model.fingerprint)
-    found: dict[tuple[str, Method], float] = {}
+    found: dict[tuple[str, Method], tuple[float, ...]] = {}
     for name in methods:
         for bits in setting.bits:
             method = METHODS[name](Wanted(bits=bits, fingerprint=model.fingerprint, profiles=own))
             if method is not None:
-                found.setdefault((name, method), bits)
-    return [(name, bits, method) for (name, method), bits in found.items()]
+                found[name, method] = (*found.get((name, method), ()), bits)
+    return [(name, rates, method) for (name, method), rates in found.items()]
+
+
+def closest(rates: Sequence[float], bits: float) -> float:
+    """Of the rates, the one that a method of so many bits is compared at."""
+    return min(rates, key=lambda rate: abs(rate - bits))
 
 
 def _heat(

@@ -129,6 +129,8 @@ RUN_BY = {
     "make lint": (".ci/run", "--silent lint "),
     "make bench": (".ci/run", "--silent bench "),
     "make gpu-gate": (".ci/run", "--silent gpu-gate "),
+    # An hour on the real model; here on a tiny one, the command that the target runs.
+    "make leaderboard": ("tests/benchmarks/test_leaderboard.py", "leaderboard.main("),
     ".ci/run": ("CONTRIBUTING.md", ".ci/run"),  # by whoever changes something, and it runs this
     ".venv/bin/kvcompress bench": ("tests/lab/test_tune_kernels.py", '["bench", "--tune"]'),
     ".venv/bin/kvcompress eval": ("tests/lab/test_cli.py", '"eval", "--model"'),
@@ -165,5 +167,5 @@ def test_the_code_in_the_readme_runs():
 
 def test_the_makefile_has_the_targets():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "lint", "bench", "gpu-gate"):
+    for target in ("demo", "test", "lint", "bench", "leaderboard", "gpu-gate"):
         assert re.search(rf"^{target}: ", makefile, flags=re.MULTILINE)
