@@ -9,7 +9,7 @@ PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
 # Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-vllm lint bench leaderboard gpu-gate gpu-roofline clean
+.PHONY: demo test test-vllm lint bench leaderboard fidelity gpu-gate gpu-roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
@@ -39,6 +39,11 @@ leaderboard: $(VENV)/.demo $(PROFILES)/.calibrated
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/leaderboard.py $(TEXTS) --out docs \
 	  --profile $(CALIBRATED_BITS:%=$(PROFILES)/smollm2-%.safetensors) \
 	  --outlier-profile $(PROFILES)/outliers-4.5.safetensors $(LEADERBOARD_ARGS)
+
+# The README's tables of fidelity and of importance, of the texts named.
+fidelity: $(VENV)/.demo $(PROFILES)/.calibrated
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/fidelity.py $(TEXTS) \
+	  --profile $(CALIBRATED_BITS:%=$(PROFILES)/smollm2-%.safetensors)
 
 $(PROFILES)/.calibrated: | $(VENV)/.demo
 	mkdir -p $(PROFILES)
