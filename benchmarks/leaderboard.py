@@ -33,6 +33,7 @@ from kvcompress_jax.models.load import Model, load_model
 
 RATES = (8.0, 6.5, 4.5, 3.5, 2.5)
 OUTLIER_RATES = (4.5,)
+ROUNDS = ("codes", "outliers", "evictions")
 EVICTIONS = tuple(name for name in ALL if name.startswith("evict-"))
 CODES = tuple(name for name in ALL if name not in EVICTIONS)
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--codes", nargs="+", choices=CODES, default=CODES, metavar="NAME")
     parser.add_argument("--evictions", nargs="*", choices=EVICTIONS, default=EVICTIONS)
     parser.add_argument("--bits", nargs="+", type=float, default=RATES, metavar="B")
+    parser.add_argument("--rounds", nargs="+", choices=ROUNDS, default=ROUNDS)
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS")
     parser.add_argument("--continuation", type=int, default=256, metavar="TOKENS")
     parser.add_argument("--facts", type=int, default=16)
@@ -77,14 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stages(Console()) as progress:
         model = load_model(args.model)
         codes, evictions = tuple(args.codes), tuple(args.evictions)
-        rounds: list[tuple[Model, tuple[str, ...], tuple[float, ...], list[Path]]] = [
-            (model, codes, setting.bits, args.profile),
-            (with_outlier_keys(model), codes, OUTLIER_RATES, args.outlier_profile),
-            (model, evictions, setting.bits, []),
-        ]
-        for subject, methods, rates, profiles in rounds:
-            if not methods:
-                continue
+        rounds: dict[str, tuple[Model, tuple[str, ...], tuple[float, ...], list[Path]]] = {
+            "codes": (model, codes, setting.bits, args.profile),
+            "outliers": (with_outlier_keys(model), codes, OUTLIER_RATES, args.outlier_profile),
+            "evictions": (model, evictions, setting.bits, []),
+        }
+        for subject, methods, rates, profiles in (rounds[name] for name in args.rounds):
             at = dataclasses.replace(setting, bits=rates, profiles=tuple(profiles))
 
             def write(more: Comparison, before: Comparison = found) -> None:
