@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "evictions": (model, evictions, setting.bits, []),
         }
         for subject, methods, rates, profiles in (rounds[name] for name in args.rounds):
+            if not methods:
+                continue
             at = dataclasses.replace(setting, bits=rates, profiles=tuple(profiles))
 
             def write(more: Comparison, before: Comparison = found) -> None:

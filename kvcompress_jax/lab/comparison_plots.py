@@ -1,5 +1,6 @@
 """Figures of a comparison, as PNG."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,18 +23,21 @@ PANELS = (
 
 
 def plot_accuracy_against_bits(path: Path, comparison: Comparison) -> None:
-    """A row of panels for each model, a line for each method, the uncompressed model across.
+    """A row of panels for each model, a line for each method, the uncompressed model across; no
+    panel for what was not measured.
 
     Raises:
       OutputError: the file cannot be written.
     """
     models = list(dict.fromkeys(r.model for r in comparison.results))
+    recalled = any(not math.isnan(r.fidelity.retrieval) for r in comparison.results)
+    shown = PANELS if recalled else PANELS[:-1]
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(17, 5.2 * len(models)), layout="constrained")
-        grid = figure.subplots(len(models), len(PANELS), squeeze=False)
+        figure = Figure(figsize=(5 * len(shown) + 2, 5.2 * len(models)), layout="constrained")
+        grid = figure.subplots(len(models), len(shown), squeeze=False)
         for panels, model in zip(grid, models, strict=True):
             table = rows(comparison.results, model)
-            for axes, (field, label) in zip(panels, PANELS, strict=True):
+            for axes, (field, label) in zip(panels, shown, strict=True):
                 _panel(axes, table, field, label)
             panels[0].set_yscale("log")
             panels[0].set_title(model)

@@ -10,6 +10,7 @@ import numpy as np
 from kvcompress_jax.lab.compare import UNCOMPRESSED_NAME, Comparison, Result, Setting
 
 OURS = ("calibrated", "embedded", "recipe-")  # how the names of our own methods begin
+CONTROLS = ("random-selection", "importance-")  # other choices of tokens, on neither side
 TIE = 1.5  # KL on a text of this length is not more certain than by such a factor
 
 
@@ -84,11 +85,6 @@ def as_markdown(comparison: Comparison, setting: Setting, *, command: str) -> st
     return "\n".join(lines) + "\n"
 
 
-def is_ours(method: str) -> bool:
-    """Whether it is one of this project's own codes."""
-    return method.startswith(OURS)
-
-
 def _verdict(comparison: Comparison, setting: Setting) -> list[str]:
     """Our best against the best of the others, for each model and rate; nothing without both."""
     lines = []
@@ -96,8 +92,8 @@ def _verdict(comparison: Comparison, setting: Setting) -> list[str]:
         table = rows(comparison.results, model)
         for target in setting.bits:
             at = [r for r in table if r.target_bits == target]
-            ours = [r for r in at if is_ours(r.method)]
-            others = [r for r in at if not is_ours(r.method)]
+            ours = [r for r in at if r.method.startswith(OURS)]
+            others = [r for r in at if not r.method.startswith((*OURS, *CONTROLS))]
             if ours and others:
                 lines.append(_duel(model, target, ours[0], others[0]))
     if not lines:

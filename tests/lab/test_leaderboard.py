@@ -52,8 +52,10 @@ def test_the_best_of_either_side_is_compared():
     found = [result("recipe-extreme", 0.1), result("calibrated", 0.001)]
     found += [result("turboquant", 0.5), result("kivi", 0.01)]
     assert verdict(*found) == "ours"
-    # Random selection is a control, not a method of ours that may win.
-    assert verdict(*found[1:], result("random-selection", 1e-6)) == "**random-selection**"
+    # Another choice of tokens is a control: neither ours nor another's.
+    controls = [result("random-selection", 1e-6), result("importance-key_norm", 1e-6)]
+    assert verdict(*found, *controls) == "ours"
+    assert verdict(found[0], found[3], *controls) == "**kivi**"
 
 
 def test_no_verdict_without_both_sides():

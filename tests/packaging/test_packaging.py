@@ -129,7 +129,8 @@ RUN_BY = {
     "make lint": (".ci/run", "--silent lint "),
     "make bench": (".ci/run", "--silent bench "),
     "make gpu-gate": (".ci/run", "--silent gpu-gate "),
-    # An hour on the real model; here on a tiny one, the command that the target runs.
+    # Minutes to an hour on the real model; on a tiny one, what the targets run.
+    "make fidelity": ("tests/benchmarks/test_fidelity.py", "fidelity.main("),
     "make leaderboard": ("tests/benchmarks/test_leaderboard.py", "leaderboard.main("),
     ".ci/run": ("CONTRIBUTING.md", ".ci/run"),  # by whoever changes something, and it runs this
     ".venv/bin/kvcompress bench": ("tests/lab/test_tune_kernels.py", '["bench", "--tune"]'),
@@ -167,5 +168,5 @@ def test_the_code_in_the_readme_runs():
 
 def test_the_makefile_has_the_targets():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "lint", "bench", "leaderboard", "gpu-gate"):
+    for target in ("demo", "test", "lint", "bench", "leaderboard", "fidelity", "gpu-gate"):
         assert re.search(rf"^{target}: ", makefile, flags=re.MULTILINE)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 from kvcompress_jax.config import RECIPES, ConfigError
+from kvcompress_jax.importance import MAGNITUDES
 from kvcompress_jax.importance.policies import POLICIES
 from kvcompress_jax.importance.policies.base import Policy
 from kvcompress_jax.lab.methods.base import Method
@@ -62,10 +63,9 @@ def _calibrated(wanted: Wanted) -> Method | None:
     return Calibrated(profile=max(fitting)[1], fingerprint=wanted.fingerprint)
 
 
-def _random_selection(wanted: Wanted) -> Method | None:
-    if not 5.5 <= wanted.bits < 7.5:
-        return None
-    return Embedded(config=RECIPES["balanced"], random_selection=0)
+def _mixed(method: Embedded, wanted: Wanted) -> Method | None:
+    """Half of the tokens at 8 bits, half at 4."""
+    return method if 5.5 <= wanted.bits < 7.5 else None
 
 
 def _fp8(wanted: Wanted) -> Method | None:
@@ -123,7 +123,15 @@ _EVICTIONS: dict[str, Factory] = {
 METHODS: dict[str, Factory] = {
     "calibrated": _calibrated,
     **_QUANTISERS,
-    "random-selection": _random_selection,
+    "random-selection": functools.partial(
+        _mixed, Embedded(config=RECIPES["balanced"], random_selection=0)
+    ),
+    **{
+        f"importance-{name}": functools.partial(
+            _mixed, Embedded(config=dataclasses.replace(RECIPES["balanced"], magnitude=name))
+        )
+        for name in MAGNITUDES
+    },
     "specification": _specification,
     "minicache": _minicache,
     **_EVICTIONS,
