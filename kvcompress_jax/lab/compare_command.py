@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         default="all",
-        metavar="all|NAME,NAME",
+        metavar="all|importances|NAME,NAME",
         help="a name that does not exist is answered with all that do (default: %(default)s)",
     )
     parser.add_argument(

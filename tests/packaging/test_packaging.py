@@ -144,6 +144,7 @@ RUN_BY = {
     ".venv/bin/kvcompress scrub": ("tests/storage/test_commands.py", '"scrub", folder'),
     ".venv/bin/kvcompress inspect": ("tests/storage/test_commands.py", '"inspect", path'),
     ".venv/bin/kvcompress tune": ("tests/lab/test_tune.py", '"tune", "--model"'),
+    ".venv/bin/kvcompress compare": ("tests/lab/test_compare.py", '"compare", "--model"'),
     ".venv/bin/kvcompress calibrate": ("tests/lab/test_calibrate.py", '"calibrate", "--model"'),
 }
 

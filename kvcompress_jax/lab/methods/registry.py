@@ -156,26 +156,35 @@ ALL = (
 )
 """What `all` stands for: every method once, without all the combinations."""
 
+IMPORTANCES = (
+    *(name for name in METHODS if name.startswith("importance-")),
+    "random-selection",
+    "kivi",
+)
+"""What `importances` stands for: ways to choose the tokens of 8 bits, and one width for all."""
+
+GROUPS = {"all": ALL, "importances": IMPORTANCES}
+
 
 class MethodError(ConfigError):
     """A method that does not exist."""
 
 
 def find_methods(names: str) -> tuple[str, ...]:
-    """The names in a list with commas; "all" stands for `ALL`.
+    """The names in a list with commas, where those of `GROUPS` stand for several.
 
     Raises:
       MethodError: one of them does not exist.
     """
     found: list[str] = []
     for name in (part.strip() for part in names.split(",")):
-        if name == "all":
-            found += ALL
+        if name in GROUPS:
+            found += GROUPS[name]
         elif name in METHODS:
             found.append(name)
         else:
-            known = ", ".join(n for n in METHODS if "+" not in n)
+            known = ", ".join((*GROUPS, *(n for n in METHODS if "+" not in n)))
             raise MethodError(
-                f"methods: expected all, {known}, or one of evict-POLICY+QUANTISER, got {name!r}"
+                f"methods: expected {known}, or one of evict-POLICY+QUANTISER, got {name!r}"
             )
     return tuple(dict.fromkeys(found))
