@@ -30,7 +30,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/codec_speed.py $(BENCH_ARGS)
 
-# docs/leaderboard.md, of the texts named: make leaderboard TEXTS="prose.txt code.txt". An hour on two
+# docs/leaderboard.md, of the texts named: make leaderboard TEXTS="prose.txt code.txt". Hours on two
 # cores, calibration included.
 PROFILES := build/leaderboard
 CALIBRATED_BITS := 4.5 3.5 2.5
