@@ -126,6 +126,7 @@ def readme_commands() -> list[str]:
 RUN_BY = {
     "make demo": (".ci/run", "--silent demo "),
     "make test": (".ci/run", "--silent test "),
+    "make test-vllm": (".ci/run", "--silent test-vllm "),
     "make lint": (".ci/run", "--silent lint "),
     "make bench": (".ci/run", "--silent bench "),
     "make gpu-gate": (".ci/run", "--silent gpu-gate "),

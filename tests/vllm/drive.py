@@ -1,14 +1,21 @@
-"""Runs one of vLLM's engines and prints what it did as JSON: `drive.py SCENARIO MODEL_DIR`.
+"""Runs vLLM's engines, one after the other: `drive.py MODEL_DIR DESCRIPTOR` reads a request a line
+and writes a line of JSON with what it found to that file descriptor.
 
-A script of its own: an engine is started anew for each configuration, which comes from the
-environment, and away from the checkout, whose folder `kernels` would shadow another package.
+A script of its own, away from the checkout, whose folder `kernels` would shadow another package.
+What a request sets in the environment is there while its engine runs; whether vLLM compresses at
+all is decided once, when this process starts.
 """
 
+import contextlib
+import gc
 import json
 import math
 import os
 import sys
+import tempfile
 import time
+import traceback
+from pathlib import Path
 from pydoc_data.topics import topics
 
 PROMPTS = [
@@ -25,6 +32,7 @@ PROMPTS = [
 ]
 TOPICS = ("import", "with", "exceptions", "naming")
 MIB = 1 << 20
+ENGINES = []  # that run
 
 
 def compresses():
@@ -44,7 +52,9 @@ def engine(model, **options):
         "block_size": 64,
         "seed": 0,
     }
-    return LLM(model=model, **(defaults | options))
+    llm = LLM(model=model, **(defaults | options))
+    ENGINES.append(llm)
+    return llm
 
 
 def capacity(llm):
@@ -87,17 +97,17 @@ def preemptions(llm):
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
-def quality(model):
+def quality(model, *, answers=False, text=True, kv_cache_dtype="auto"):
     """Greedy tokens of short and long prompts in batches; loss of 2,000 tokens of text."""
-    llm = engine(model, enable_prefix_caching=False, kv_cache_dtype=os.environ.get("KV", "auto"))
+    llm = engine(model, enable_prefix_caching=False, kv_cache_dtype=kv_cache_dtype)
     results = {"capacity": capacity(llm)}
-    if os.environ.get("GREEDY"):
+    if answers:
         started = time.monotonic()
         prompts = [{"prompt": p} for p in PROMPTS] + long_prompts(llm, 150)
         prompts += [{"prompt": f"Question: {p}"} for p in PROMPTS[:6]]
         results["greedy"] = greedy(llm, prompts, 64)
         results["greedy_seconds"] = time.monotonic() - started
-    if not os.environ.get("GREEDY_ONLY"):
+    if text:
         started = time.monotonic()
         loss = losses(llm, long_prompts(llm, 512))
         results["loss"], results["tokens"] = sum(loss) / len(loss), len(loss)
@@ -116,18 +126,21 @@ def capacity_only(model):
 def preempt(model):
     """Four long answers in memory that holds two and a half of them uncompressed."""
     llm = engine(model, max_num_seqs=4, kv_cache_memory_bytes=70 * MIB, enable_prefix_caching=False)
+    started = time.monotonic()
     tokens = greedy(llm, long_prompts(llm, 400), 200)
-    return {"preemptions": preemptions(llm), "tokens": tokens, "stats": figures(llm)}
+    seconds = time.monotonic() - started
+    found = {"preemptions": preemptions(llm), "tokens": tokens, "seconds": seconds}
+    return found | {"stats": figures(llm)}
 
 
-def matrix(model):
+def matrix(model, *, mebibytes):
     """Everything that moves blocks, one after the other in one engine."""
     from vllm import SamplingParams
 
     llm = engine(
         model,
         max_num_seqs=4,
-        kv_cache_memory_bytes=int(os.environ.get("MIB", "64")) * MIB,
+        kv_cache_memory_bytes=mebibytes * MIB,
         max_num_batched_tokens=128,
         enable_prefix_caching=True,
     )
@@ -140,7 +153,8 @@ def matrix(model):
     cut = [{"prompt_token_ids": p["prompt_token_ids"][:200]} for p in prompts]
     results["cut"] = greedy(llm, cut, 24)
     figures(llm)
-    several = SamplingParams(n=3, max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
+    # Without a seed: on CPUs vLLM fails to rewind a generator after a chunk of a prompt.
+    several = SamplingParams(n=3, max_tokens=24, temperature=1.0, ignore_eos=True)
     outputs = llm.generate(prompts[:2], several, use_tqdm=False)
     results["several"] = [[len(c.token_ids) for c in o.outputs] for o in outputs]
     figures(llm)
@@ -162,6 +176,36 @@ def matrix(model):
     return results
 
 
+def offload(model, *, options, rounds=2):
+    """The same prompts, again after vLLM forgot them; `options` are those of offloading."""
+    extra = {
+        "spec_name": "KVCompressOffloadingSpec",
+        "spec_module_path": "kvcompress_jax.interop.vllm.offload",
+    }
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra | options,
+    }
+    llm = engine(
+        model,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=100 * MIB,
+        enable_prefix_caching=True,
+        kv_transfer_config=transfer,
+    )
+    prompts = long_prompts(llm, 330)
+    # One that is nothing but whole blocks: its last token is computed again all the same.
+    prompts.append({"prompt_token_ids": prompts[0]["prompt_token_ids"][:128]})
+    results = {"answers": [], "loads": []}
+    for _ in range(rounds):
+        results["answers"].append(greedy(llm, prompts, 16))
+        results["loads"].append(figures(llm)["offload_loads"])
+        llm.reset_prefix_cache()
+    results["metrics"] = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    return results
+
+
 def snippet(model):
     """The specification's example, word for word but for the model."""
     from vllm import LLM
@@ -176,8 +220,57 @@ def snippet(model):
     return {"before": stats, "after": after, "tokens": tokens}
 
 
-SCENARIOS = {f.__name__: f for f in (quality, capacity_only, preempt, matrix, snippet)}
+def start(model, *, options, config=None):
+    """Starts an engine and ends it; with a configuration of a model that is nowhere."""
+    if config is not None:
+        folder = Path(tempfile.mkdtemp(dir="."))
+        (folder / "config.json").write_text(json.dumps(config))
+        model, options = (
+            str(folder),
+            {"load_format": "dummy", "skip_tokenizer_init": True} | options,
+        )
+    engine(model, **options)
+    return {}
+
+
+SCENARIOS = {
+    f.__name__: f for f in (quality, capacity_only, preempt, matrix, offload, snippet, start)
+}
+
+
+@contextlib.contextmanager
+def environment(settings):
+    """Sets variables for a while."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def answer(model, request):
+    """Runs one scenario; what it raises is its result."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    started = time.monotonic()
+    try:
+        with environment(request["settings"]):
+            result = SCENARIOS[request["scenario"]](model, **request["options"])
+    except Exception as e:
+        traceback.print_exc()
+        result = {"error": f"{type(e).__name__}: {e}"}
+    while ENGINES:
+        ENGINES.pop().llm_engine.engine_core.shutdown()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return result | {"total_seconds": time.monotonic() - started}
+
 
 if __name__ == "__main__":
-    result = SCENARIOS[sys.argv[1]](sys.argv[2])
-    print("\nRESULT " + json.dumps(result), flush=True)
+    with os.fdopen(int(sys.argv[2]), "w") as results:
+        for line in sys.stdin:
+            print(json.dumps(answer(sys.argv[1], json.loads(line))), file=results, flush=True)

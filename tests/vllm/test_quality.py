@@ -1,0 +1,51 @@
+"""Answers and perplexity of SmolLM2 in vLLM, beside vLLM as it is. In float32: in bfloat16 vLLM
+does not agree with itself when it batches otherwise."""
+
+from pathlib import Path
+
+import pytest
+
+SPACE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+ANSWERS = {"answers": True}
+
+
+def test_one_level_is_stock_token_by_token(drive):
+    stock = drive("quality", ANSWERS, compress=False, **SPACE)
+    raw = drive("quality", ANSWERS, VLLM_KV_COMPRESSION_LEVELS="1", **SPACE)
+    assert sum(map(len, stock["greedy"])) == 20 * 64
+    assert raw["greedy"] == stock["greedy"]
+    assert raw["loss"] == pytest.approx(stock["loss"], abs=1e-5)
+    assert raw["stats"]["seals"] == 0
+    # The judge can say no: prompts in another order.
+    assert raw["greedy"][1:] != stock["greedy"][:-1]
+    beside("raw, answers", raw["greedy_seconds"], stock["greedy_seconds"])
+    beside("raw, text", raw["loss_seconds"], stock["loss_seconds"])
+
+
+@pytest.mark.parametrize(("recipe", "bound"), [("balanced", 1.005), ("compact", 1.015)])
+def test_perplexity_stays(drive, recipe, bound):
+    stock = drive("quality", ANSWERS, compress=False, **SPACE)
+    ours = drive("quality", KVCOMPRESS_RECIPE=recipe, **SPACE)
+    assert ours["tokens"] == stock["tokens"] >= 2000
+    ratio = ours["perplexity"] / stock["perplexity"]
+    print(f"{recipe}: perplexity {ours['perplexity']:.3f}, stock {stock['perplexity']:.3f}")
+    beside(f"{recipe}, text", ours["loss_seconds"], stock["loss_seconds"])
+    assert ratio < bound
+    assert ours["loss"] != stock["loss"] and ours["stats"]["seals"] > 20  # it did compress
+
+
+def test_in_tree_fp8_beside(drive):
+    """Not ours, and no bound of ours: what users would have without us."""
+    if "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("vLLM's fp8 cache on CPUs needs AVX-512")
+    stock = drive("quality", ANSWERS, compress=False, **SPACE)
+    fp8 = drive("quality", {"kv_cache_dtype": "fp8"}, compress=False, **SPACE)
+    print(f"fp8: perplexity {fp8['perplexity']:.3f}, stock {stock['perplexity']:.3f}")
+    beside("fp8, text", fp8["loss_seconds"], stock["loss_seconds"])
+    assert 0.9 < fp8["perplexity"] / stock["perplexity"] < 1.2
+    assert fp8["loss"] != stock["loss"]
+
+
+def beside(what, ours, stock):
+    """As it is: the suite's machine does other work as well."""
+    print(f"{what}: {ours:.1f} s, stock {stock:.1f} s")
