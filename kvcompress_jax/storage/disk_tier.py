@@ -152,6 +152,11 @@ class DiskTier:
         """Forgets the planes of a key, if they are here."""
         self._work.drop(key)
 
+    def clear(self) -> None:
+        """Forgets all planes."""
+        for key in self._work.all_keys():
+            self._work.drop(key)
+
     def settle(self) -> list[bytes]:
         """Keys whose reads, begun by `get`, ended since the last call, well or not."""
         return self._work.settle()

@@ -124,6 +124,14 @@ class Worker:
                 self._drops.add(key)
             self.condition.notify_all()
 
+    def all_keys(self) -> list[bytes]:
+        """Of all planes that are here or will be."""
+        with self.condition:
+            queued = set(self._writes) | set(self.store.index)
+            if self._writing is not None:
+                queued.add(self._writing.key)
+            return list(queued)
+
     def settle(self) -> list[bytes]:
         """Keys of the reads that ended since the last call."""
         with self.condition:

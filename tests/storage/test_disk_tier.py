@@ -57,6 +57,19 @@ def test_planes_come_back(tier):
     assert tier.stats().arrived_bytes == 0 and tier.get(b"3") is None and b"3" not in tier
 
 
+def test_empty_again(tier):
+    for i in range(5):
+        tier.put(b"%d" % i, planes(i))
+    tier.load(b"0", timeout_s=30)
+    tier.put(b"late", planes(9))
+    tier.clear()
+    assert not any(key in tier for key in (b"0", b"1", b"4", b"late"))
+    tier.verify()
+    assert len(tier) == 0 and tier.used_bytes == 0
+    tier.put(b"1", planes(7))
+    assert same_planes(tier.load(b"1", timeout_s=30), planes(7))
+
+
 def test_a_restart_finds_everything(tmp_path):
     with_scale = {"fine": np.arange(256, dtype=np.uint8).reshape(4, 64)}
     first = tier_in(tmp_path, compression=3)

@@ -11,47 +11,18 @@ by the `Executor` at once, in all layers.
 """
 
 import collections
-import dataclasses
 from collections.abc import Collection
-from typing import Protocol
 
 import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.interop.vllm.arrays import Row, coarse, decode_of, prefill_of, seals_of
 from kvcompress_jax.interop.vllm.carve import Carve
-from kvcompress_jax.interop.vllm.step import NONE, Seals, Step
+from kvcompress_jax.interop.vllm.executor import Counters, Executor
+from kvcompress_jax.interop.vllm.step import NONE, Step
 from kvcompress_jax.manager.free_list import FreeList
 
 PROMOTIONS_PER_STEP = 4
-
-
-class Executor(Protocol):
-    """What all layers do between two steps."""
-
-    def seal(self, seals: Seals) -> None:
-        """Codes raw pages."""
-
-    def save_fine(self, chunk: int) -> list[np.ndarray]:
-        """The fine chunks of all layers, copied to the host."""
-
-    def load_fine(self, chunk: int, saved: list[np.ndarray]) -> None:
-        """The reverse of `save_fine`, to any chunk."""
-
-
-@dataclasses.dataclass
-class Counters:
-    """Events so far, in blocks."""
-
-    seals: int = 0
-    early_seals: int = 0  # in their window, to make room for other raw pages
-    unrefined: int = 0  # sealed at level 2 for want of a chunk
-    demotions: int = 0
-    promotions: int = 0
-    refusals: int = 0  # promotions of hot blocks without a kept fine plane or a colder block
-    without_sink: int = 0  # first pages whose first tokens are coded like the others
-    reused: int = 0  # sealed blocks that another content took
-    abandoned: int = 0  # unfinished blocks of sequences that are gone, whose raw page was needed
 
 
 class BlockStates:
@@ -76,7 +47,7 @@ class BlockStates:
         self.kept_bytes = 0
         self.counters = Counters()
         self.steps = 0
-        self.leaving: list[int] = []  # raw pages that the running step still reads
+        self.leaving: dict[int, int] = {}  # raw pages of blocks that the running step seals
         self._heat: list[tuple[np.ndarray, np.ndarray]] = []
 
     # -- one step ----------------------------------------------------------------------------
@@ -156,8 +127,7 @@ class BlockStates:
 
     def _settle(self) -> None:
         """The step before is over: what it read is free, and the heat that it gave is known."""
-        self.raw.give_back(self.leaving)
-        self.leaving = []
+        self._free_leaving()
         self.heat *= self.config.heat_decay
         for blocks, mass in self._heat:
             np.add.at(self.heat, blocks, mass)
@@ -199,10 +169,61 @@ class BlockStates:
         """These blocks are sealed by the step that was planned; their raw pages are read by it."""
         for block in blocks:
             if self.raw_of[block] != NONE:
-                self.leaving.append(int(self.raw_of[block]))
+                self.leaving[block] = int(self.raw_of[block])
                 self.raw_of[block] = NONE
             self.sealed[block] = True
         self.counters.seals += len(blocks)
+
+    def _free_leaving(self) -> None:
+        self.raw.give_back(list(self.leaving.values()))
+        self.leaving = {}
+
+    # -- blocks that leave the device and come back ------------------------------------------
+
+    def raw_page(self, block: int) -> int:
+        """Where a block's keys and values are as they came; NONE: nowhere. While a step that seals
+        it runs, nowhere else."""
+        return self.leaving.get(block, int(self.raw_of[block]))
+
+    def adopt_raw(self, block: int, place: int) -> int:
+        """Makes a block of no running sequence a full raw one; returns its raw page. Without
+        compression there is one for every block."""
+        self._adopt(block, place)
+        self.raw_of[block] = self.raw.take()[0]
+        return int(self.raw_of[block])
+
+    def adopt_sealed(
+        self, block: int, place: int, *, fine: list[np.ndarray] | None, sinks: bool, heat: float
+    ) -> tuple[int, int]:
+        """Makes a block of no running sequence a sealed one.
+
+        Args:
+          block: whatever it held is forgotten.
+          place: in its sequence.
+          fine: fine planes of all layers, kept on the host when no chunk is free.
+          sinks: whether it has exact first tokens.
+          heat: attention that it got.
+
+        Returns:
+          Its fine chunk and its sink slot, NONE where there is none.
+        """
+        self._adopt(block, place)
+        self.sealed[block], self.heat[block] = True, heat
+        if fine is not None and self.chunks.free:
+            self.chunk_of[block] = self.chunks.take()[0]
+        elif fine is not None:
+            self._keep(block, fine)
+            self.counters.unrefined += 1
+        if sinks and self.sinks.free:
+            self.sink_of[block] = self.sinks.take()[0]
+        elif sinks:
+            self.counters.without_sink += 1
+        return int(self.chunk_of[block]), int(self.sink_of[block])
+
+    def _adopt(self, block: int, place: int) -> None:
+        self._forget(block)
+        self.index[block], self.filled[block] = place, self.page_size
+        self.used[block] = self.steps
 
     # -- room --------------------------------------------------------------------------------
 
@@ -237,8 +258,7 @@ class BlockStates:
                 self._give_places(early, executor)
                 executor.seal(seals_of(self, [int(self.raw_of[b]) for b in early], early))
                 self._close(early)
-                self.raw.give_back(self.leaving)
-                self.leaving = []
+                self._free_leaving()
                 self.counters.early_seals += len(early)
         for block in held:
             if self.raw.free >= pages:
@@ -288,12 +308,8 @@ class BlockStates:
     def _demote(self, block: int, executor: Executor) -> None:
         """Level 1 to 2; the fine plane is kept on the host as far as that may hold it."""
         chunk = int(self.chunk_of[block])
-        limit, size = self.config.host_bytes, self.chunk_bytes
-        if size <= limit:
-            while self.kept_bytes + size > limit:
-                self._drop_kept(next(iter(self.kept)))
-            self.kept[block] = executor.save_fine(chunk)
-            self.kept_bytes += size
+        if self.chunk_bytes <= self.config.host_bytes:
+            self._keep(block, executor.save_fine(chunk))
         self.chunks.give_back([chunk])
         self.chunk_of[block] = NONE
         self.counters.demotions += 1
@@ -319,6 +335,16 @@ class BlockStates:
             self.chunk_of[block] = self.chunks.take()[0]
             executor.load_fine(int(self.chunk_of[block]), saved)
             self.counters.promotions += 1
+
+    def _keep(self, block: int, fine: list[np.ndarray]) -> None:
+        """Keeps the fine planes of a block on the host; the oldest ones make room."""
+        limit, size = self.config.host_bytes, self.chunk_bytes
+        if size > limit:
+            return
+        while self.kept_bytes + size > limit:
+            self._drop_kept(next(iter(self.kept)))
+        self.kept[block] = fine
+        self.kept_bytes += size
 
     def _drop_kept(self, block: int) -> None:
         if self.kept.pop(block, None) is not None:

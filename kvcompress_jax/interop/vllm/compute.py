@@ -10,9 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.importance import ImportanceRule
-from kvcompress_jax.paged import AttentionMass, PageCode, PagedCache, PageTable, attend
+from kvcompress_jax.paged import (
+    AttentionMass,
+    PageCode,
+    PagedCache,
+    PageTable,
+    attend,
+    encode_page,
+    read_pages,
+)
 from kvcompress_jax.paged.host_arrays import HostArray
-from kvcompress_jax.paged.page_code import PageFit, code_page, fit_page
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "return_mass"))
@@ -50,6 +57,7 @@ def attend_rows(
     return out, mass
 
 
+@functools.partial(jax.jit, static_argnames=("rule", "fine_rows", "sink_tokens"))
 def code_pages(
     kv: jax.Array,
     mass: jax.Array,
@@ -75,40 +83,19 @@ def code_pages(
       The codes, [pages, ...], and bool[pages]: the page holds a value that is not finite. Such
       values are coded as 0: scales could not hold them.
     """
-    kv, fit, damaged = _fit_pages(
-        kv, mass, seen, first, rule=rule, fine_rows=fine_rows, sink_tokens=sink_tokens
-    )
-    return _code_pages(kv, fit, fine_rows=fine_rows), damaged
-
-
-# Two programs and not one: XLA would compute what a token is worth once for each side of each
-# comparison, rounded differently, and the order of the tokens would be no permutation.
-@functools.partial(jax.jit, static_argnames=("rule", "fine_rows", "sink_tokens"))
-def _fit_pages(
-    kv: jax.Array,
-    mass: jax.Array,
-    seen: jax.Array,
-    first: HostArray,
-    *,
-    rule: ImportanceRule,
-    fine_rows: int,
-    sink_tokens: int,
-) -> tuple[jax.Array, PageFit, jax.Array]:
     finite = jnp.isfinite(kv)
     damaged = ~jnp.all(finite, axis=(1, 2, 3, 4))
     kv = jnp.where(finite, kv, jnp.zeros_like(kv))
     exact = first[:, None] & (jnp.arange(kv.shape[3]) < sink_tokens)[None, :]
-    fit = functools.partial(fit_page, rule=rule, fine_rows=fine_rows)
-    return (
-        kv,
-        jax.vmap(fit)(kv[:, 0], kv[:, 1], mass, seen, exact if sink_tokens else None),
-        damaged,
-    )
+    encode = functools.partial(encode_page, rule=rule, fine_rows=fine_rows)
+    code = jax.vmap(encode)(kv[:, 0], kv[:, 1], mass, seen, exact if sink_tokens else None)
+    return code, damaged
 
 
-@functools.partial(jax.jit, static_argnames="fine_rows")
-def _code_pages(kv: jax.Array, fit: PageFit, *, fine_rows: int) -> PageCode:
-    return jax.vmap(functools.partial(code_page, fine_rows=fine_rows))(kv[:, 0], kv[:, 1], fit)
+@jax.jit
+def read_block(cache: PagedCache, ids: HostArray) -> jax.Array:
+    """Keys and values of sealed pages, i32[n], in token order: f32[n, 2, heads, page_size, dim]."""
+    return jnp.stack(read_pages(cache, 0, jnp.asarray(ids)), axis=1)
 
 
 def with_workspace(cache: PagedCache, workspace: jax.Array) -> PagedCache:

@@ -29,18 +29,19 @@ def check(config: CompressionConfig, model: str, *, revision: str | None = None)
     if config.bound is None or not config.compresses:
         return
     try:
-        fingerprint = _fingerprint(model, revision)
+        found = fingerprint(model, revision)
     except ModelError as e:
         reason = f"{model}: nobody can tell whether it is the model that was measured: {e}"
         if not config.force:
             raise QualityError(f"quality gate: {reason}") from None
         logger.warning("quality gate, forced: %s", reason)
         return
-    admit(config, fingerprint)
+    admit(config, found)
 
 
 @functools.lru_cache(maxsize=4)
-def _fingerprint(model: str, revision: str | None) -> str:
+def fingerprint(model: str, revision: str | None) -> str:
+    """The fingerprint of a model that vLLM loads; raises ModelError when its files cannot tell."""
     path = Path(model)
     if not path.exists():
         # vLLM has it; it is not needed where models are local.

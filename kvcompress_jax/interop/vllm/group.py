@@ -7,9 +7,11 @@ import torch
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kvcompress_jax.interop.vllm import metrics, settings
+from kvcompress_jax.interop.vllm.all_layers import AllLayers
 from kvcompress_jax.interop.vllm.blocks import BlockStates
 from kvcompress_jax.interop.vllm.carve import Carve, carve, layer_layout
-from kvcompress_jax.interop.vllm.layer import AllLayers, LayerMemory
+from kvcompress_jax.interop.vllm.layer import LayerMemory
+from kvcompress_jax.interop.vllm.offload.worker import OffloadWorker
 from kvcompress_jax.interop.vllm.stats import VllmCompressionStats, compression_stats
 from kvcompress_jax.interop.vllm.step import Step
 from kvcompress_jax.interop.vllm.verify import verify
@@ -40,6 +42,7 @@ class Group:
         self.layers = len(layer_names)
         self.states = BlockStates(self.carve, self.config, self.layers)
         self.executor = AllLayers()
+        self.offload: OffloadWorker | None = None
         # A new engine in the same process takes the place of the one before.
         GROUPS[:] = [self]
 
@@ -60,7 +63,8 @@ class Group:
     def stats(self) -> VllmCompressionStats:
         """The figures of the moment."""
         damaged = max((m.damaged for m in self.executor.memories.values()), default=0)
-        return compression_stats(self.states, damaged=damaged)
+        moved = (self.offload.stored, self.offload.loaded) if self.offload else (0, 0)
+        return compression_stats(self.states, damaged=damaged, moved=moved)
 
     def verify(self) -> None:
         """Raises AssertionError for whatever does not add up."""

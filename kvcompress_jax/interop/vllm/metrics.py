@@ -22,7 +22,7 @@ PREFIX = "vllm:kv_compression_"
 
 _COUNTERS = frozenset(
     "seals early_seals unrefined demotions promotions refusals without_sink reused abandoned"
-    " damaged".split()
+    " damaged offload_stores offload_loads".split()
 )
 _published = 0.0
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompress_jax.config import ConfigError
 from kvcompress_jax.interop.vllm import gate, metrics, settings
+from kvcompress_jax.interop.vllm.offload.options import FINGERPRINT, SPEC, read_options
+from kvcompress_jax.models.errors import ModelError
 from kvcompress_jax.paged.layout import PAGE_SIZES
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class CompressedPlatform:
                 )
         model = vllm_config.model_config
         gate.check(config, model.model, revision=model.revision)
+        _prepare_offloading(vllm_config)
         cache.block_size = config.page_size
         cache.user_specified_block_size = True  # vLLM would choose again
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
@@ -74,11 +77,42 @@ class CompressedPlatform:
         return BACKEND
 
 
+def _prepare_offloading(vllm_config: VllmConfig) -> None:
+    """Checks the options of offloading, and says which model it is where pages outlive the engine.
+
+    Raises:
+      ConfigError: see above.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        return
+    extra = transfer.kv_connector_extra_config
+    if read_options(extra).disk_path is None:
+        return
+    model = vllm_config.model_config
+    try:
+        extra[FINGERPRINT] = gate.fingerprint(model.model, model.revision)
+    except ModelError as e:
+        raise ConfigError(
+            f"disk_path: expected a model that can be told from others: {e}"
+        ) from None
+
+
+def _connector(vllm_config: VllmConfig) -> str | None:
+    """What stands in the way, of the KV connector: None or its name."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return None
+    extra = transfer.kv_connector_extra_config
+    if transfer.kv_connector == "OffloadingConnector" and extra.get("spec_name") == SPEC:
+        return None
+    return f"{transfer.kv_connector} with spec_name={extra.get('spec_name')}"
+
+
 def _requirements(vllm_config: VllmConfig) -> list[tuple[str, object, object]]:
     """(setting, what it must be, what it is)."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     speculative = vllm_config.speculative_config
-    transfer = vllm_config.kv_transfer_config
     own = (None, SCHEDULER)
     scheduler = vllm_config.scheduler_config.scheduler_cls
     return [
@@ -87,7 +121,7 @@ def _requirements(vllm_config: VllmConfig) -> list[tuple[str, object, object]]:
         ("encoder-decoder model", False, bool(model.is_encoder_decoder)),
         ("runner", "generate", model.runner_type),
         ("kv_cache_dtype", "auto", vllm_config.cache_config.cache_dtype),
-        ("KV connector", None, transfer and transfer.kv_connector),
+        ("KV connector other than OffloadingConnector with " + SPEC, None, _connector(vllm_config)),
         ("decode context parallel size", 1, parallel.decode_context_parallel_size),
         ("scheduler_cls", None, None if scheduler in own else scheduler),
         ("micro-batches (DBO)", False, bool(parallel.enable_dbo)),

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kvcompress_jax.interop.vllm.backend import dtype_name
 from kvcompress_jax.interop.vllm.group import divide
+from kvcompress_jax.interop.vllm.offload.manager import OffloadManager
 
 logger = init_logger(__name__)
 
@@ -20,6 +22,10 @@ class CompressedScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(self.connector, OffloadingConnector):
+            manager = self.connector.scheduler.manager
+            assert isinstance(manager, OffloadManager)
+            manager.length_of = lambda request: self.requests[request].num_tokens
         (group,) = self.kv_cache_config.kv_cache_groups
         spec = group.kv_cache_spec
         assert isinstance(spec, AttentionSpec)

@@ -39,14 +39,19 @@ class VllmCompressionStats(TypedDict):
     reused: int
     abandoned: int
     damaged: int
+    offload_stores: int
+    offload_loads: int
 
 
-def compression_stats(states: BlockStates, *, damaged: int) -> VllmCompressionStats:
+def compression_stats(
+    states: BlockStates, *, damaged: int, moved: tuple[int, int] = (0, 0)
+) -> VllmCompressionStats:
     """The figures of one worker.
 
     Args:
       states: of its blocks.
       damaged: sealed blocks that held a value that was not finite.
+      moved: pages stored to the host and loaded from there.
     """
     carve, layers = states.carve, states.layers
     layout = carve.layout
@@ -89,6 +94,8 @@ def compression_stats(states: BlockStates, *, damaged: int) -> VllmCompressionSt
         reused=counts.reused,
         abandoned=counts.abandoned,
         damaged=damaged,
+        offload_stores=moved[0],
+        offload_loads=moved[1],
     )
 
 

@@ -9,7 +9,7 @@ from kvcompress_jax.interop.vllm.step import NONE
 def verify(states: BlockStates) -> None:
     """Raises AssertionError with a line for everything that does not add up."""
     wrong = []
-    raw = [*states.raw_of[states.raw_of != NONE].tolist(), *states.leaving]
+    raw = [*states.raw_of[states.raw_of != NONE].tolist(), *states.leaving.values()]
     for pool, ids in (
         (states.raw, raw),
         (states.chunks, states.chunk_of[states.chunk_of != NONE].tolist()),

@@ -8,9 +8,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from kvcompress_jax.config import CompressionConfig, ConfigError  # noqa: E402
+from kvcompress_jax.interop.vllm.all_layers import AllLayers  # noqa: E402
 from kvcompress_jax.interop.vllm.blocks import BlockStates  # noqa: E402
 from kvcompress_jax.interop.vllm.carve import carve, content_bytes, layer_layout  # noqa: E402
-from kvcompress_jax.interop.vllm.layer import AllLayers, LayerMemory  # noqa: E402
+from kvcompress_jax.interop.vllm.layer import LayerMemory  # noqa: E402
 from kvcompress_jax.interop.vllm.stats import compression_stats, merge  # noqa: E402
 from kvcompress_jax.interop.vllm.verify import verify  # noqa: E402
 

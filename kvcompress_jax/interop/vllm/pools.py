@@ -1,0 +1,199 @@
+"""The pools in one layer's memory: their codes, and pages to the host and back.
+
+JAX reads vLLM's memory through aliases that are made once. It cannot write there: its arrays are
+immutable. Results come back as arrays of their own, few bytes beside the pools, and torch copies
+them to their places.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from kvcompress_jax.codec import Scale
+from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.interop.dlpack import DTYPES, fence, to_jax, write_back
+from kvcompress_jax.interop.vllm.carve import Carve
+from kvcompress_jax.interop.vllm.compute import code_pages, read_block
+from kvcompress_jax.interop.vllm.step import NONE, Seals
+from kvcompress_jax.paged import PagedCache, PoolSizes, init_cache
+
+# A sealed page has one of each, by the id of its block.
+SEALED_POOLS = ("base", "key_step", "key_zero", "value_step", "value_zero", "order")
+
+_TORCH_DTYPES = {jax_dtype: torch_dtype for torch_dtype, jax_dtype in DTYPES.items()}
+
+
+class LayerPools:
+    """The pools of one layer, as torch sees them and as JAX does.
+
+    Attributes:
+      pools: torch views into vLLM's memory, by the names of `carve.POOLS`.
+      damaged: sealed pages that held a value that was not finite, so far.
+    """
+
+    def __init__(self, memory: torch.Tensor, carve: Carve, config: CompressionConfig) -> None:
+        """Makes the views and aliases.
+
+        Args:
+          memory: vLLM's memory of this layer, contiguous; of any type and shape.
+          carve: how it is divided.
+          config: of the compression.
+
+        Raises:
+          ValueError: the memory has another size than was divided.
+          BridgeError: JAX cannot alias it.
+        """
+        flat = memory.view(-1).view(torch.uint8)
+        if flat.numel() != carve.buffer_bytes:
+            raise ValueError(f"memory: expected {carve.buffer_bytes} bytes, got {flat.numel()}")
+        self.carve, self.config = carve, config
+        self.address, self.device = memory.data_ptr(), memory.device
+        self.pools: dict[str, torch.Tensor] = {}
+        for region in carve.regions:
+            part = flat[region.offset_bytes : region.offset_bytes + region.nbytes]
+            self.pools[region.name] = part.view(_TORCH_DTYPES[region.dtype]).view(region.shape)
+        self.damaged = 0
+
+        def alias(name: str) -> jax.Array:  # with the axis of layers, of one
+            return to_jax(self.pools[name][None], name)
+
+        least = PoolSizes(raw_pages=1, sealed_pages=0, fine_chunks=0, sink_slots=0)
+        empty = init_cache(carve.layout, least)
+        self.cache: PagedCache = dataclasses.replace(
+            empty,
+            raw=alias("raw"),
+            mass=empty.mass[:, :0],  # attention reads no statistics
+            seen=empty.seen[:, :0],
+            base=alias("base"),
+            key_scale=Scale(step=alias("key_step"), zero=alias("key_zero")),
+            value_scale=Scale(step=alias("value_step"), zero=alias("value_zero")),
+            order=alias("order"),
+            fine=to_jax(self.pools["fine"], "fine"),
+            sinks=alias("sinks"),
+        )
+
+    # -- sealing -----------------------------------------------------------------------------
+
+    def seal(self, seals: Seals) -> None:
+        """Codes raw pages."""
+        source = self.index(seals.raw)
+        mass = seen = None
+        if self.config.tracks_attention:
+            mass, seen = self.pools["mass"][source], self.pools["seen"][source]
+        self.seal_pages(self.pools["raw"][source], mass, seen, seals)
+
+    def seal_pages(
+        self,
+        kv: torch.Tensor,
+        mass: torch.Tensor | None,
+        seen: torch.Tensor | None,
+        seals: Seals,
+    ) -> None:
+        layout, count = self.carve.layout, len(seals)
+        # The first page again in the place of padding: it is written twice, and alike.
+        rows = np.zeros(1 << (count - 1).bit_length(), np.int64)
+        rows[:count] = np.arange(count)
+        take = self.index(rows)
+        if mass is not None and seen is not None:
+            mass, seen = mass[take], seen[take]
+        code, damaged = self._code(kv[take], mass, seen, first=seals.sink[rows] != NONE)
+        block, chunk = self.index(seals.block[rows]), self.index(seals.chunk[rows])
+        for name in SEALED_POOLS:
+            write_back(self.pools[name], code[name], name, rows=block)
+        if self.carve.sizes.fine_chunks:
+            write_back(self.pools["fine"], code["fine"], "fine", rows=chunk)
+        first = np.flatnonzero(seals.sink != NONE)
+        if len(first):
+            exact = kv[self.index(first)][:, :, :, : layout.sink_tokens]
+            self.pools["sinks"][self.index(seals.sink[first])] = exact
+        self.damaged += int(damaged[:count].sum())
+
+    def _code(
+        self,
+        kv: torch.Tensor,
+        mass: torch.Tensor | None,
+        seen: torch.Tensor | None,
+        *,
+        first: np.ndarray,
+    ) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """The codes of pages, by the names of the pools, and which pages are damaged."""
+        layout = self.carve.layout
+        if mass is None or seen is None:
+            mass = torch.zeros(len(kv), layout.kv_heads, layout.page_size, device=self.device)
+            seen = torch.zeros(len(kv), layout.page_size, device=self.device)
+        kv, mass, seen = kv.contiguous(), mass.contiguous(), seen.contiguous()
+        fence(self.device)
+        code, damaged = code_pages(
+            to_jax(kv, "pages"),
+            to_jax(mass, "mass"),
+            to_jax(seen, "seen"),
+            first,
+            rule=layout.importance,
+            fine_rows=layout.fine_rows if self.carve.sizes.fine_chunks else 0,
+            sink_tokens=layout.sink_tokens,
+        )
+        arrays = {
+            "base": code.base,
+            "key_step": code.key_scale.step,
+            "key_zero": code.key_scale.zero,
+            "value_step": code.value_scale.step,
+            "value_zero": code.value_scale.zero,
+            "order": code.order,
+            "fine": code.fine,
+        }
+        return arrays, np.asarray(damaged)
+
+    # -- pages to the host and back ----------------------------------------------------------
+
+    def code(self, raw: int, *, first: bool) -> dict[str, np.ndarray]:
+        """The code of a raw page, which stays as it is."""
+        source = slice(raw, raw + 1)
+        mass = seen = None
+        if self.config.tracks_attention:
+            mass, seen = self.pools["mass"][source], self.pools["seen"][source]
+        arrays, _ = self._code(self.pools["raw"][source], mass, seen, first=np.asarray([first]))
+        if not self.carve.sizes.fine_chunks:
+            del arrays["fine"]
+        return {name: np.asarray(array)[0] for name, array in arrays.items()}
+
+    def take(self, name: str, i: int) -> np.ndarray:
+        """A copy of one entry of a pool."""
+        entry = self.pools[name][i].cpu().contiguous()
+        regions = {region.name: region for region in self.carve.regions}
+        array = entry.view(-1).view(torch.uint8).numpy().copy()
+        return array.view(regions[name].dtype).reshape(entry.shape)
+
+    def put(self, name: str, i: int, array: np.ndarray) -> None:
+        """The reverse of `take`."""
+        pool = self.pools[name]
+        data = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy())
+        pool[i] = data.view(pool.dtype).view(pool.shape[1:]).to(self.device)
+
+    def code_sinks(self, block: int, chunk: int, exact: np.ndarray) -> None:
+        """Codes a sealed first page again, with its exact first tokens among the others."""
+        fine_of = np.full((1, self.carve.blocks), NONE, np.int32)
+        fine_of[0, block] = chunk
+        fence(self.device)
+        cache = dataclasses.replace(self.cache, fine_of=jnp.asarray(fine_of))
+        kv = np.array(read_block(cache, np.asarray([block], np.int32)))  # [1, 2, heads, size, dim]
+        kv[0, :, :, : exact.shape[2]] = exact.astype(np.float32)
+        seals = Seals(
+            raw=np.zeros(1, np.int64),
+            block=np.asarray([block]),
+            chunk=np.asarray([chunk]),
+            sink=np.asarray([NONE]),
+        )
+        values = torch.from_numpy(kv).to(self.pools["raw"].dtype).to(self.device)
+        self.seal_pages(values, None, None, seals)
+
+    def reset_statistics(self, pages: np.ndarray) -> None:
+        if self.config.tracks_attention and len(pages):
+            at = self.index(pages)
+            self.pools["mass"][at] = 0
+            self.pools["seen"][at] = 0
+
+    def index(self, ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(ids.astype(np.int64)).to(self.device)
