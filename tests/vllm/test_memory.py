@@ -24,7 +24,7 @@ def test_what_preempts_in_stock_fits_compressed(drive):
     print(f"compact: {ours['seconds']:.1f} s, stock {stock['seconds']:.1f} s")
     assert stock["preemptions"] > 0
     assert ours["preemptions"] == 0
-    assert [len(t) for t in ours["tokens"]] == [200] * 4
+    assert [len(t) for t in ours["tokens"]] == [110] * 4
     assert ours["stats"]["pool_bytes"] <= 70 << 20
 
 

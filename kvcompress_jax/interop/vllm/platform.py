@@ -84,7 +84,7 @@ def _prepare_offloading(vllm_config: VllmConfig) -> None:
       ConfigError: see above.
     """
     transfer = vllm_config.kv_transfer_config
-    if transfer is None:
+    if transfer is None or transfer.kv_connector is None:
         return
     extra = transfer.kv_connector_extra_config
     if read_options(extra).disk_path is None:

@@ -168,7 +168,8 @@ class OffloadManager(CPUOffloadingManager):
         if self.tier is not None:
             disk = self.tier.stats()
             gauges |= {"disk_bytes": disk.used_bytes, "disk_pages": disk.pages}
-            events |= {"skipped": disk.skipped, "damaged": disk.damaged, "errors": disk.errors}
+            for name in ("refused", "skipped", "damaged", "errors"):
+                events[name] = getattr(disk, name)
         for name, value in gauges.items():
             stats.set_gauge(PREFIX + name, value)
         for name, value in events.items():

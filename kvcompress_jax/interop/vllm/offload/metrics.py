@@ -18,6 +18,7 @@ _COUNTERS = {
     "disk_hits": "Pages brought from files to host memory.",
     "no_room": "Pages in files that found no room in host memory.",
     "unfit": "Pages in files whose shapes are not those of this engine.",
+    "refused": "Pages that were not written to files, because too many waited or one is too large.",
     "skipped": "Files found at the start that are damaged, foreign or of another version.",
     "damaged": "Files that could not be read back as they were written.",
     "errors": "Errors of the file system.",
