@@ -20,9 +20,11 @@ test: $(VENV)/.test
 # vLLM has an environment of its own: Python 3.11, and builds of PyTorch and vLLM without CUDA.
 VLLM_VENV ?= .venv-vllm
 
+VLLM_TESTS ?= tests/vllm tests/interop
+
 test-vllm:
 	$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.vllm
-	JAX_PLATFORMS=cpu $(VLLM_VENV)/bin/python -m pytest tests/vllm tests/interop $(TEST_ARGS)
+	JAX_PLATFORMS=cpu $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure

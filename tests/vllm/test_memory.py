@@ -28,7 +28,9 @@ def test_what_preempts_in_stock_fits_compressed(drive):
     assert ours["stats"]["pool_bytes"] <= 70 << 20
 
 
-@pytest.mark.parametrize(("mebibytes", "raw_share"), [(64, "0.35"), (50, "0.85")])
+@pytest.mark.parametrize(
+    ("mebibytes", "raw_share"), [pytest.param(64, "0.35", marks=pytest.mark.long), (50, "0.85")]
+)
 def test_all_that_moves_blocks(drive, mebibytes, raw_share):
     """Prefix caching, chunked prefill, sampling of several, abort, demotion and promotion. First
     raw pages are scarce, then blocks, and sequences are preempted. Each stage of the scenario ends
