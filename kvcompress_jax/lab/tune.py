@@ -20,8 +20,8 @@ from kvcompress_jax.lab.gate import Judge
 from kvcompress_jax.lab.methods.base import Compressed
 from kvcompress_jax.lab.methods.calibrated import Calibrated
 from kvcompress_jax.lab.methods.embedded import Embedded
+from kvcompress_jax.models.cache_settings import cache_layout, read_profile
 from kvcompress_jax.models.load import Model
-from kvcompress_jax.models.runner import cache_layout, read_profile
 from kvcompress_jax.quality import Measured, QualityBound, QualityError
 
 FAMILIES = ((64, 64), (128, 64), (128, 0))  # tokens of a page, tokens of the raw window

@@ -269,7 +269,7 @@ def _calibrate(
     from kvcompress_jax.lab.budget import bits_for_code
     from kvcompress_jax.lab.output import check_writable
     from kvcompress_jax.lab.texts import load_text, take_samples
-    from kvcompress_jax.models.runner import cache_layout
+    from kvcompress_jax.models.cache_settings import cache_layout
 
     path: Path = args.out.with_suffix(".safetensors")
     check_writable(path)

@@ -1,5 +1,6 @@
 """The device work that the manager asks for: each a compiled program, each with one name."""
 
+import functools
 from typing import Protocol
 
 import jax
@@ -8,6 +9,15 @@ import numpy as np
 from kvcompress_jax.codec import NonFiniteError, check_finite
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.plan import Plan, apply_plan
+from kvcompress_jax.paged.sharding import (
+    REPLICATED,
+    HeadSharding,
+    image_specs,
+    plan_specs,
+    raw_image_specs,
+    read_cache,
+    update_cache,
+)
 from kvcompress_jax.paged.transfer import (
     PageIds,
     RawImage,
@@ -18,13 +28,72 @@ from kvcompress_jax.paged.transfer import (
     import_raw,
 )
 
-apply_plan_in_place = jax.jit(apply_plan, donate_argnums=0)
-_fine_planes = jax.jit(lambda cache, chunks: cache.fine[chunks])
-_export = jax.jit(export_pages)
-_export_raw = jax.jit(export_raw)
-_import_raw = jax.jit(import_raw, donate_argnums=0)
-_heat = jax.jit(lambda cache: cache.heat + 0.0)  # a copy: the cache is donated to the next step
-_import = jax.jit(import_pages, donate_argnums=0)
+# Of a cache without a sharding where `sharding` is None.
+_updating = functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
+_reading = functools.partial(jax.jit, static_argnames="sharding")
+
+
+@_updating
+def apply_plan_in_place(
+    cache: PagedCache, plan: Plan, *, sharding: HeadSharding | None = None
+) -> PagedCache:
+    """`apply_plan`; the cache is donated."""
+    specs = None if sharding is None else (plan_specs(sharding, plan),)
+    return update_cache(sharding, apply_plan, cache, plan, specs=specs)
+
+
+@_reading
+def _fine_planes(
+    cache: PagedCache, chunks: jax.Array, *, sharding: HeadSharding | None
+) -> jax.Array:
+    out = None if sharding is None else sharding.at(2)
+    planes: jax.Array = read_cache(
+        sharding, lambda cache, chunks: cache.fine[chunks], cache, chunks, out_specs=out
+    )
+    return planes
+
+
+@_reading
+def _export(
+    cache: PagedCache, ids: PageIds, *, sharding: HeadSharding | None
+) -> tuple[RawImage, SealedImage]:
+    out = None if sharding is None else image_specs(sharding, cache.layout)
+    images: tuple[RawImage, SealedImage] = read_cache(
+        sharding, export_pages, cache, ids, out_specs=out
+    )
+    return images
+
+
+@_reading
+def _export_raw(cache: PagedCache, raw: jax.Array, *, sharding: HeadSharding | None) -> RawImage:
+    out = None if sharding is None else raw_image_specs(sharding)
+    image: RawImage = read_cache(sharding, export_raw, cache, raw, out_specs=out)
+    return image
+
+
+@_updating
+def _import(
+    cache: PagedCache,
+    ids: PageIds,
+    raw: RawImage,
+    sealed: SealedImage,
+    *,
+    sharding: HeadSharding | None,
+) -> PagedCache:
+    specs = None if sharding is None else (REPLICATED, *image_specs(sharding, cache.layout))
+    return update_cache(sharding, import_pages, cache, ids, raw, sealed, specs=specs)
+
+
+@_updating
+def _import_raw(
+    cache: PagedCache, raw: jax.Array, image: RawImage, *, sharding: HeadSharding | None
+) -> PagedCache:
+    specs = None if sharding is None else (REPLICATED, raw_image_specs(sharding))
+    return update_cache(sharding, import_raw, cache, raw, image, specs=specs)
+
+
+# A copy: the cache is donated to the next step. Heat is on every device, so that none is named.
+_heat = jax.jit(lambda cache: cache.heat + 0.0)
 
 
 class Device(Protocol):
@@ -61,30 +130,33 @@ class Device(Protocol):
 
 
 class JaxDevice:
-    """The pools are arrays of JAX."""
+    """The pools are arrays of JAX, on one device or with their heads split over several."""
+
+    def __init__(self, sharding: HeadSharding | None = None) -> None:
+        self._sharding = sharding
 
     def apply(self, cache: PagedCache, plan: Plan) -> PagedCache:
-        return apply_plan_in_place(cache, plan)
+        return apply_plan_in_place(cache, plan, sharding=self._sharding)
 
     def sealed(self, cache: PagedCache) -> np.ndarray:
         return np.asarray(cache.sealed)
 
     def fine_planes(self, cache: PagedCache, chunks: np.ndarray) -> jax.Array:
-        return _fine_planes(cache, chunks)
+        return _fine_planes(cache, chunks, sharding=self._sharding)
 
     def export(self, cache: PagedCache, ids: PageIds) -> tuple[RawImage, SealedImage]:
-        return _export(cache, ids)
+        return _export(cache, ids, sharding=self._sharding)
 
     def restore(
         self, cache: PagedCache, ids: PageIds, images: tuple[RawImage, SealedImage]
     ) -> PagedCache:
-        return _import(cache, ids, *images)
+        return _import(cache, ids, *images, sharding=self._sharding)
 
     def export_raw(self, cache: PagedCache, raw: list[int]) -> RawImage:
-        return _export_raw(cache, np.array(raw, np.int32))
+        return _export_raw(cache, np.array(raw, np.int32), sharding=self._sharding)
 
     def restore_raw(self, cache: PagedCache, raw: list[int], image: RawImage) -> PagedCache:
-        return _import_raw(cache, np.array(raw, np.int32), image)
+        return _import_raw(cache, np.array(raw, np.int32), image, sharding=self._sharding)
 
     def heat(self, cache: PagedCache) -> jax.Array:
         heat = _heat(cache)

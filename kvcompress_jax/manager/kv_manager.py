@@ -27,6 +27,7 @@ from kvcompress_jax.manager.verify import verify
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
 from kvcompress_jax.paged.plan import Plan
+from kvcompress_jax.paged.sharding import HeadSharding
 from kvcompress_jax.paged.table import PageTable
 
 
@@ -56,6 +57,7 @@ class KVCacheManager:
         device: Device | None = None,
         coldness: Coldness | None = None,
         first_sequence_id: int = 0,
+        sharding: HeadSharding | None = None,
     ) -> None:
         """
         Args:
@@ -70,6 +72,7 @@ class KVCacheManager:
           device: what holds the pools; None: JAX.
           coldness: in what order pages are demoted under pressure; None: by their heat.
           first_sequence_id: smallest id that a sequence gets.
+          sharding: of the pools' heads; None: one device has all.
 
         Raises:
           ConfigError: the shares are more than there is.
@@ -77,7 +80,11 @@ class KVCacheManager:
         self.layout = layout
         self.sizes = sizes
         self.config = config
-        self.device = JaxDevice() if device is None else device
+        # What one of the devices has.
+        self.devices = 1 if sharding is None else sharding.mesh.size
+        self.device_layout = layout if sharding is None else sharding.local_layout(layout)
+        self.device_sizes = sizes if sharding is None else sharding.local_sizes(sizes)
+        self.device = JaxDevice(sharding) if device is None else device
         self.counters = Counters()
         self.store = store = PageStore(layout, sizes, config, max_sequences, tenant_shares, disk)
         self.raw, self.sealed, self.chunks = store.raw, store.sealed, store.chunks

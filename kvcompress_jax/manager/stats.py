@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from kvcompress_jax.manager.page import NONE, Page
 from kvcompress_jax.paged.layout import INDEX_BYTES
@@ -23,6 +24,8 @@ class CompressionStats(TypedDict):
     uncompressed_bytes: int  # the same pages as plain keys and values of the model's dtype
     allocated_bytes: int  # in use: pages, chunks, slots, scales, orders, statistics, tables
     pool_bytes: int  # all pools, in use or not
+    devices: int  # of the pools; what each of them has counts each time
+    device_pool_bytes: int  # all pools of one of these devices
     host_bytes: int  # host memory of fine planes, windows of prefixes, preempted sequences
     effective_bits: float | None  # stored bits per value of the sealed pages, all overheads
     cache_bits: float | None  # the same over all pages in use
@@ -74,21 +77,23 @@ class CompressionStats(TypedDict):
 
 def compression_stats(manager: KVCacheManager) -> CompressionStats:
     """The figures of a manager."""
-    layout = manager.layout
+    layout, device_layout = manager.layout, manager.device_layout
+    devices = manager.devices
     pages = [p for p in manager.pages.values() if p.raw != NONE or p.sealed != NONE]
     entries = sum(len(s.pages) for s in manager.sequences.values() if s.swapped is None)
-    shadow_bytes = manager.shadows.used * layout.uncompressed_page_bytes
-    allocated = (
-        manager.raw.used * layout.raw_page_bytes
-        + manager.sealed.used * layout.sealed_page_bytes
-        + manager.chunks.used * layout.fine_chunk_bytes
-        + manager.sinks.used * layout.sink_slot_bytes
+    shadow_bytes = manager.shadows.used * device_layout.uncompressed_page_bytes
+    on_device = (
+        manager.raw.used * device_layout.raw_page_bytes
+        + manager.sealed.used * device_layout.sealed_page_bytes
+        + manager.chunks.used * device_layout.fine_chunk_bytes
+        + manager.sinks.used * device_layout.sink_slot_bytes
         + entries * 2 * INDEX_BYTES
         + shadow_bytes
-        + manager.sizes.learned_bytes
+        + manager.device_sizes.learned_bytes
     )
+    allocated = devices * on_device
     uncompressed = len(pages) * layout.uncompressed_page_bytes
-    effective = layout.effective_bits(
+    effective = device_layout.effective_bits(
         sealed_pages=manager.sealed.used, fine_chunks=manager.chunks.used
     )
     swapped = [s.swapped for s in manager.sequences.values() if s.swapped is not None]
@@ -103,7 +108,9 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
         avg_compression_ratio=uncompressed / allocated if allocated else 1.0,
         uncompressed_bytes=uncompressed,
         allocated_bytes=allocated,
-        pool_bytes=manager.sizes.total_bytes(layout),
+        pool_bytes=devices * manager.device_sizes.total_bytes(device_layout),
+        devices=devices,
+        device_pool_bytes=manager.device_sizes.total_bytes(device_layout),
         host_bytes=manager.host.used_bytes
         + manager.prefixes.used_bytes
         + sum(s.nbytes for s in swapped),
@@ -152,8 +159,44 @@ def compression_stats(manager: KVCacheManager) -> CompressionStats:
         telemetry_output_error_mean=_mean(errors.output_mean, errors.samples),
         telemetry_output_error_max=max(errors.output_max) if samples else None,
         telemetry_lse_error_mean=_mean(errors.lse_mean, errors.samples),
-        telemetry_shadow_bytes=shadow_bytes,
+        telemetry_shadow_bytes=devices * shadow_bytes,
     )
+
+
+def _sealed_pages(part: CompressionStats) -> int:
+    return part["pages_level_1"] + part["pages_level_2"] + part["pages_level_3"]
+
+
+# What does not add up over caches.
+_MEANS = ("telemetry_output_error_mean", "telemetry_lse_error_mean")
+_LARGEST = ("telemetry_output_error_max", "device_pool_bytes")
+
+
+def merge_stats(parts: list[CompressionStats]) -> CompressionStats:
+    """The figures of several caches together. Their bits per value are means, weighted by the
+    values that they hold; `device_pool_bytes` is the largest."""
+
+    def mean(name: str, weight: Callable[[CompressionStats], float]) -> float | None:
+        known = [(part[name], weight(part)) for part in parts if part[name] is not None]  # type: ignore[literal-required]
+        total = sum(w for _, w in known)
+        return sum(x * w for x, w in known) / total if total else None
+
+    merged: dict[str, Any] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts if part[name] is not None]  # type: ignore[literal-required]
+        if name in _LARGEST:
+            merged[name] = max(values, default=None)
+        elif name in _MEANS:
+            merged[name] = mean(name, lambda part: part["telemetry_samples"])
+        elif name == "effective_bits":
+            merged[name] = mean(name, _sealed_pages)
+        elif name == "cache_bits":
+            merged[name] = mean(name, lambda part: part["uncompressed_bytes"])
+        else:
+            merged[name] = sum(values)
+    allocated = merged["allocated_bytes"]
+    merged["avg_compression_ratio"] = merged["uncompressed_bytes"] / allocated if allocated else 1.0
+    return cast(CompressionStats, merged)
 
 
 def _mean(means: list[float], samples: list[int]) -> float | None:

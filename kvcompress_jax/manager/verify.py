@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -127,10 +128,17 @@ def _verify_prefixes(manager: KVCacheManager, expect: Expect) -> None:
 def _verify_device(manager: KVCacheManager, cache: PagedCache, expect: Expect) -> None:
     """The pools have the bytes that are claimed, and hold the codes that are claimed."""
     expect("sizes of the pools", manager.sizes, cache.sizes)
-    scalar = cache.rejected.nbytes
-    code_bytes = cache.code.nbytes if cache.code is not None else 0
-    live = sum(x.nbytes for x in jax.tree.leaves(cache)) - scalar - code_bytes
-    expect("bytes of the pools", manager.sizes.total_bytes(manager.layout), live)
+    claimed = manager.device_sizes.total_bytes(manager.device_layout)
+    pools = jax.tree.leaves(dataclasses.replace(cache, code=None, rejected=None))  # type: ignore[arg-type]
+    live: Counter[object] = Counter()
+    for pool in pools:
+        if isinstance(pool, jax.Array):
+            live.update({part.device: part.data.nbytes for part in pool.addressable_shards})
+        else:
+            live["host"] += pool.nbytes
+    expect("devices of the pools", manager.devices, len(live))
+    for device, nbytes in live.items():
+        expect(f"bytes of the pools on {device}", claimed, nbytes)
     fine_of, sealed = np.asarray(cache.fine_of), np.asarray(cache.sealed)
     for page in manager.pages.values():
         if page.sealed != NONE and not page.pending:

@@ -32,6 +32,8 @@ GAUGES: dict[str, tuple[str, str, float]] = {
     ),
     "allocated_bytes": ("allocated_bytes", "Device bytes in use, all overheads counted.", 1.0),
     "pool_bytes": ("pool_bytes", "Device bytes of all pools, in use or not.", 1.0),
+    "devices": ("devices", "Devices that the pools are on.", 1.0),
+    "device_pool_bytes": ("device_pool_bytes", "Bytes of all pools of one device.", 1.0),
     "effective_bits": ("effective_bits", "Stored bits per value of the sealed pages.", 1.0),
     "cache_bits": ("cache_bits", "Stored bits per value of all pages in use.", 1.0),
     "tokens": ("tokens", "Tokens in the cache; shared ones count once.", 1.0),

@@ -1,5 +1,6 @@
 """The decoder: one implementation of all architectures, agnostic of how attention is done."""
 
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import jax
@@ -28,7 +29,8 @@ class Attention(Protocol[State]):
         """Attends.
 
         Args:
-          q: [tokens, num_heads, head_dim], normalised and rotated, not scaled.
+          q: [tokens, num_heads, head_dim], normalised and rotated, not scaled. On several devices
+            all heads here are those of one.
           k: [tokens, num_kv_heads, head_dim], normalised and rotated.
           v: [tokens, num_kv_heads, head_dim].
           layer: i32[].
@@ -48,6 +50,8 @@ def decode(
     positions: jax.Array,
     attention: Attention[State],
     state: State,
+    *,
+    gather: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[jax.Array, State]:
     """Runs all layers. Tokens meet each other only in `attention`.
 
@@ -58,6 +62,8 @@ def decode(
       positions: i32[tokens].
       attention: called once in the traced body of a `jax.lax.scan` over layers.
       state: what the first layer's attention gets.
+      gather: where every device has some columns of the weights' matrices, and so some heads:
+        joins what the devices have along the last axis.
 
     Returns:
       Normalised hidden states [tokens, hidden_size] in the dtype of the embedding, and the state
@@ -77,10 +83,10 @@ def decode(
         table = tables[jnp.minimum(window, len(ropes) - 1)]  # any window: the last rope
         q, k, v = _project_heads(config, weights, hidden, table)
         out, state = attention(q, k, v, index, window, state)
-        out = out.reshape(hidden.shape[0], -1).astype(hidden.dtype)
-        out = _linear(out, weights.output, weights.output_bias)
+        out = gather(out.reshape(hidden.shape[0], -1).astype(hidden.dtype))
+        out = gather(_linear(out, weights.output, weights.output_bias))
         hidden = hidden + _norm(out, weights.post_attention_norm, config.norm_eps)
-        out = _mlp(config, weights, _norm(hidden, weights.mlp_norm, config.norm_eps))
+        out = _mlp(config, weights, _norm(hidden, weights.mlp_norm, config.norm_eps), gather)
         hidden = hidden + _norm(out, weights.post_mlp_norm, config.norm_eps)
         return (hidden, state), None
 
@@ -128,10 +134,15 @@ def _project_heads(
     return q, k, v
 
 
-def _mlp(config: DecoderConfig, weights: LayerParams, x: jax.Array) -> jax.Array:
+def _mlp(
+    config: DecoderConfig,
+    weights: LayerParams,
+    x: jax.Array,
+    gather: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     gate, up = _linear(x, weights.gate), _linear(x, weights.up)
     gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return _linear(gate * up, weights.down)
+    return gather(_linear(gather(gate * up), weights.down))
 
 
 def _norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:

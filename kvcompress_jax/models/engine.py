@@ -7,16 +7,16 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kvcompress_jax.manager import OutOfPagesError
 from kvcompress_jax.metrics.board import Board
 from kvcompress_jax.models.errors import one_line
+from kvcompress_jax.models.flight import Flight, launch
 from kvcompress_jax.models.prefixes import HeldPrefixes
 from kvcompress_jax.models.recovery import recover, start_over
 from kvcompress_jax.models.request import NO_SEQUENCE, Request
 from kvcompress_jax.models.runner import Runner
-from kvcompress_jax.models.sampling import NOT_FINITE, sample
+from kvcompress_jax.models.sampling import NOT_FINITE
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ class Engine:
         self.preempted: list[Request] = []  # by arrival
         self._planning = False  # what the host decided may not be on the device yet
         self._next_id = 0
+        self._flight: Flight | None = None  # of the step that was started
+        self._ended: list[Request] = []  # in it
+        self._started = 0.0
 
     def hold_prefix(self, tokens: list[int], tenant: str = "") -> int:
         """Reads tokens into a sequence that requests can continue; they share its pages. Let go of
@@ -132,13 +135,35 @@ class Engine:
             "out_of_pages", and the others go on with the next step.
           JaxRuntimeError: the device failed, and not in a step of any request.
         """
-        start = time.monotonic()
+        self.start_step()
+        return self.finish_step()
+
+    def start_step(self) -> None:
+        """The first half of a step: puts it on the device and does not wait for its tokens, so that
+        other devices can be given theirs. `finish_step` comes next.
+
+        Raises:
+          as `step`.
+        """
+        if self._flight is not None:
+            raise RuntimeError("start_step: expected the last step to be finished")
+        self._started = time.monotonic()
         try:
-            finished = self._step()
+            self._flight = self._launch()
         except jax.errors.JaxRuntimeError as e:
-            finished = recover(self, e, keep_cache=not self._planning)
+            self._ended += recover(self, e, keep_cache=not self._planning)
+
+    def finish_step(self) -> list[Request]:
+        """The second half: waits for the tokens; see `step`."""
+        flight, self._flight = self._flight, None
+        try:
+            if flight is not None:
+                self._take_tokens(flight)
+        except jax.errors.JaxRuntimeError as e:
+            self._ended += recover(self, e, keep_cache=True)
         if self.board is not None:
-            self.board.step(time.monotonic() - start, self.figures)
+            self.board.step(time.monotonic() - self._started, self.figures)
+        finished, self._ended = self._ended, []
         return finished
 
     def figures(self) -> tuple[Mapping[str, object], Mapping[str, object]]:
@@ -154,7 +179,7 @@ class Engine:
             "recomputed_requests": self.recomputed_requests,
         }
 
-    def _step(self) -> list[Request]:
+    def _launch(self) -> Flight | None:
         self._planning = True
         self.prefixes.restore()
         self._resume()
@@ -182,8 +207,10 @@ class Engine:
                 if feeding.decoding:
                     decoding.append(feeding)
                     decoded = jnp.concatenate([decoded, fed])
-            return self._take_tokens(decoding, decoded)
-        return []
+            if not decoding:
+                return None
+            return launch(decoding, decoded, rows=self.runner.max_sequences)
+        return None
 
     def run(self) -> None:
         """Steps until idle."""
@@ -270,22 +297,14 @@ class Engine:
         self.preempted.append(youngest)
         self.preempted.sort(key=lambda r: r.id)
 
-    def _take_tokens(self, requests: list[Request], logits: jax.Array) -> list[Request]:
-        if not requests:
-            return []
-        size = self.runner.max_sequences
-        padded = jnp.pad(logits, ((0, size - len(requests)), (0, 0)))
-        temperature, seed, index = (np.zeros(size, d) for d in (np.float32, np.uint32, np.int32))
-        for i, request in enumerate(requests):
-            temperature[i], seed[i] = request.temperature, request.seed
-            index[i] = len(request.generated)
-        tokens = np.asarray(sample(padded, temperature, seed, index))[: len(requests)]
-        finished = []
-        for request, token in zip(requests, tokens.tolist(), strict=True):
+    def _take_tokens(self, flight: Flight) -> None:
+        for request, token in zip(flight.requests, flight.wait(), strict=True):
+            if request.finish_reason is not None:
+                continue  # cancelled since
             if token == NOT_FINITE:
                 reason = f"request {request.id}: its logits are not finite"
                 self.finish(request, "error", reason)
-                finished.append(request)
+                self._ended.append(request)
                 continue
             request.generated.append(token)
             request.suspect = False
@@ -295,8 +314,7 @@ class Engine:
             elif len(request.generated) == request.max_new_tokens:
                 self.finish(request, "length")
             if request.finish_reason is not None:
-                finished.append(request)
-        return finished
+                self._ended.append(request)
 
     def finish(self, request: Request, reason: str, error: str | None = None) -> None:
         """Ends a request and frees its pages."""

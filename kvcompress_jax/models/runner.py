@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
 from typing import TYPE_CHECKING
@@ -12,136 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.config import CompressionConfig, ConfigError
-from kvcompress_jax.importance import LearnedScore
+from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.manager import NO_SHARES, KVCacheManager, pools_for_tokens
 from kvcompress_jax.manager.disk import open_disk_tier
-from kvcompress_jax.models.config import DecoderConfig
-from kvcompress_jax.models.decoder import decode, logits
+from kvcompress_jax.models.cache_settings import cache_layout, learned_score, read_profile
 from kvcompress_jax.models.load import Model
-from kvcompress_jax.models.params import DecoderParams
 from kvcompress_jax.models.rope import layer_frequencies
-from kvcompress_jax.paged import (
-    CacheLayout,
-    PagedCache,
-    PageTable,
-    PoolSizes,
-    append,
-    attend,
-    cool,
-    init_cache,
-    observe,
-)
-from kvcompress_jax.paged.host_arrays import HostArray
-from kvcompress_jax.paged.measure import measure
-from kvcompress_jax.paged.raw_bits import hold_bits, release_bits
+from kvcompress_jax.models.sharding import shard_params
+from kvcompress_jax.models.step import Rows, Step, run_step
+from kvcompress_jax.paged import PagedCache, PoolSizes, init_cache
+from kvcompress_jax.paged.sharding import HeadSharding
 from kvcompress_jax.quality import admit
 
 if TYPE_CHECKING:
     from kvcompress_jax.calibrated.profile import Profile
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Sequences that get the same number of query slots in a step."""
-
-    table: PageTable
-    query_lengths: HostArray  # i32[rows]: new tokens of each; the rest of its slots is padding
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Tokens of one step: first those of the decoding rows, one each, then a chunk for each
-    prefilling row."""
-
-    tokens: HostArray  # i32[decoding + prefilling * chunk]
-    positions: HostArray  # i32, like tokens
-    slots: HostArray  # i32, like tokens; -1 for padding
-    decoding: Rows | None
-    prefilling: Rows | None
-    wanted: HostArray  # i32[n] indices into tokens whose logits are returned
-    shadows: HostArray | None = None  # sealed page of each shadow, in steps that are measured
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "track_mass", "decay"), donate_argnames="cache"
-)
-def run_step(
-    params: DecoderParams,
-    cache: PagedCache,
-    step: Step,
-    *,
-    config: DecoderConfig,
-    track_mass: bool,
-    decay: float,
-) -> tuple[jax.Array, PagedCache]:
-    """Appends a step's tokens and attends to the cache, layer by layer.
-
-    Args:
-      params: weights of the decoder.
-      cache: donated.
-      step: tokens, where they go, and whom they belong to.
-      config: of the decoder.
-      track_mass: whether attention mass is observed, for importance and heat.
-      decay: what is left of the pages' heat after a step.
-
-    Returns:
-      f32[n, vocab] logits of `step.wanted`, and the cache.
-    """
-    groups = [rows for rows in (step.decoding, step.prefilling) if rows is not None]
-
-    def attention(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        layer: jax.Array,
-        window: jax.Array,
-        cache: PagedCache,
-    ) -> tuple[jax.Array, PagedCache]:
-        cache = append(cache, layer, k, v, step.slots)
-        outs, first = [], 0
-        for rows in groups:
-            sequences = rows.query_lengths.shape[0]
-            queries = 1 if rows is step.decoding else (q.shape[0] - first) // sequences
-            part = q[first : first + sequences * queries]
-            first += sequences * queries
-            part = part.reshape(sequences, queries, *q.shape[1:])
-            out, lse, mass = attend(
-                part,
-                cache,
-                layer,
-                rows.table,
-                query_lengths=rows.query_lengths,
-                scale=config.query_scale,
-                window=window if any(config.layer_windows) else None,
-                soft_cap=config.soft_cap,
-                return_mass=track_mass,
-            )
-            if mass is not None:
-                cache = observe(cache, layer, rows.table, rows.query_lengths, mass)
-            if step.shadows is not None:
-                cache = measure(
-                    cache,
-                    layer,
-                    part,
-                    rows.table,
-                    step.shadows,
-                    out,
-                    lse,
-                    query_lengths=rows.query_lengths,
-                    scale=config.query_scale,
-                    window=window if any(config.layer_windows) else None,
-                    soft_cap=config.soft_cap,
-                )
-            outs.append(out.reshape(sequences * queries, *q.shape[1:]))
-        return jnp.concatenate(outs), cache
-
-    if track_mass:
-        cache = cool(cache, decay)
-    hidden, cache = decode(params, config, step.tokens, step.positions, attention, hold_bits(cache))
-    return logits(params, config, hidden[step.wanted]), release_bits(cache)
 
 
 class Runner:
@@ -163,6 +46,7 @@ class Runner:
         chunk_tokens: int = 256,
         profile: Profile | None = None,
         tenant_shares: Mapping[str, float] = NO_SHARES,
+        sharding: HeadSharding | None = None,
     ) -> None:
         """Allocates the cache.
 
@@ -175,12 +59,19 @@ class Runner:
           chunk_tokens: most tokens of a prompt in a step.
           profile: what `config.profile` names (`read_profile`).
           tenant_shares: part of every pool that is a tenant's own, see `KVCacheManager`.
+          sharding: devices that share the KV heads and the weights; None: the default device has
+            all.
 
         Raises:
+          ValueError: KV heads or weights that cannot be split evenly over the devices.
           QualityError: the configuration has a bound that this model does not keep with it, or
             was never seen to keep.
         """
         admit(config, model.fingerprint)
+        self.sharding = sharding
+        if sharding is not None:
+            params = shard_params(sharding, model.config, model.params)
+            model = dataclasses.replace(model, params=params)
         self.model = model
         self.config = config
         self.chunk_tokens = chunk_tokens
@@ -207,8 +98,10 @@ class Runner:
             tenant_shares=self.tenant_shares,
             disk=self.disk,
             first_sequence_id=first_sequence_id,
+            sharding=self.sharding,
         )
-        return manager, init_cache(self.layout, self.sizes, self._code, learned=self._learned)
+        init = init_cache if self.sharding is None else self.sharding.init
+        return manager, init(self.layout, self.sizes, self._code, learned=self._learned)
 
     def intact(self) -> bool:
         """Whether the cache is still there: a step that fails on the device takes it along, as it
@@ -307,6 +200,7 @@ class Runner:
             config=self.model.config,
             track_mass=self.config.tracks_attention,
             decay=self.config.heat_decay,
+            sharding=self.sharding,
         )
         if shadows is not None and self.cache.telemetry is not None:
             # A copy, read when somebody asks: the cache is donated to the next step.
@@ -346,6 +240,7 @@ def make_runner(
     chunk_tokens: int = 256,
     kv_dtype: str = "bfloat16",
     tenant_shares: Mapping[str, float] = NO_SHARES,
+    sharding: HeadSharding | None = None,
 ) -> Runner:
     """A runner whose pools hold a given number of tokens.
 
@@ -357,6 +252,7 @@ def make_runner(
       chunk_tokens: most tokens of a prompt in a step.
       kv_dtype: of level 0.
       tenant_shares: part of every pool that is a tenant's own, see `KVCacheManager`.
+      sharding: devices that share the KV heads and the weights; None: the default device has all.
     """
     profile = read_profile(config, model)
     sizes = pools_for_tokens(
@@ -375,57 +271,5 @@ def make_runner(
         chunk_tokens=chunk_tokens,
         profile=profile,
         tenant_shares=tenant_shares,
-    )
-
-
-def learned_score(model: Model, config: CompressionConfig) -> LearnedScore | None:
-    """The trained importance that a configuration names, None when it names none or nothing is
-    compressed.
-
-    Raises:
-      ConfigError: the file is not one for this model.
-    """
-    if config.learned_importance is None or not config.compresses:
-        return None
-    from kvcompress_jax.importance.learned import ImportanceFileError, load_learned
-
-    try:
-        return load_learned(
-            config.learned_importance,
-            fingerprint=model.fingerprint,
-            layers=model.config.num_layers,
-            kv_heads=model.config.num_kv_heads,
-            head_dim=model.config.head_dim,
-        )
-    except ImportanceFileError as e:
-        raise ConfigError(f"learned_importance: {e}") from None
-
-
-def read_profile(config: CompressionConfig, model: Model) -> Profile | None:
-    """What `config.profile` names, checked against the model; None without one.
-
-    Raises:
-      ProfileError: it cannot be read, or is of another model.
-    """
-    if config.profile is None or not config.compresses:
-        return None
-    # Only now: safetensors is not needed otherwise.
-    from kvcompress_jax.calibrated.profile import load_profile
-
-    return load_profile(config.profile, model.config, model.fingerprint)
-
-
-def cache_layout(
-    decoder: DecoderConfig,
-    config: CompressionConfig,
-    kv_dtype: str,
-    profile: Profile | None = None,
-) -> CacheLayout:
-    """The page layout of a configuration for a model."""
-    return config.layout(
-        layers=decoder.num_layers,
-        kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-        dtype=kv_dtype,
-        rows=None if profile is None else profile.rows,
+        sharding=sharding,
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.heads import HeadSplit, head_by_head
 from kvcompress_jax.paged.layout import CacheLayout
 from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.read import decode_pages, slot_tokens
@@ -36,6 +37,7 @@ class _Softmax:
     top: jax.Array  # f32[rows, heads, n] greatest logit so far
     total: jax.Array  # f32[rows, heads, n] sum of exp(logit - top)
     out: jax.Array  # f32[rows, heads, n, dim] weighted sum of values, unnormalised
+    split: HeadSplit | None = dataclasses.field(metadata={"static": True})
 
     def add(self, logits: jax.Array, mask: jax.Array, values: jax.Array) -> "_Softmax":
         """Adds keys with logits [rows, heads, n, pages, tokens], a mask that broadcasts to them
@@ -46,8 +48,9 @@ class _Softmax:
         shrink = jnp.exp(self.top - top)
         return _Softmax(
             top=top,
-            total=self.total * shrink + jnp.sum(weights, axis=(3, 4)),
+            total=self.total * shrink + _sum(self.split, weights, (3, 4)),
             out=self.out * shrink[..., None] + _einsum("rhnpt,rphtd->rhnd", weights, values),
+            split=self.split,
         )
 
 
@@ -89,7 +92,9 @@ def attend_xla(
             return mask
         return mask & ((window <= 0) | (position - token_position < window))
 
-    block = pages_at_once(rows, layout)
+    # Of all heads, wherever they are: where blocks end, the softmax is rounded.
+    shards = 1 if cache.split is None else cache.split.shards
+    block = pages_at_once(rows * shards, layout)
     offsets = jnp.arange(page_size, dtype=jnp.int32)
 
     def sealed_block(
@@ -121,13 +126,14 @@ def attend_xla(
         top=jnp.full((rows, heads, n), MASKED, jnp.float32),
         total=jnp.zeros((rows, heads, n), jnp.float32),
         out=jnp.zeros((rows, heads, n, dim), jnp.float32),
+        split=cache.split,
     )
     state, page_lse = _over_pages(
         state,
         sealed_block,
         (table.sealed, table.sealed_index, table.sealed_count),
         block if cache.base.shape[1] else 0,
-        record=_page_lse if return_mass else None,
+        record=functools.partial(_page_lse, cache.split) if return_mass else None,
         recorded=(rows, heads, n),
     )
     if layout.sink_tokens and cache.sinks.shape[1]:
@@ -161,7 +167,7 @@ def attend_xla(
         against = jnp.where(some, lse, jnp.inf)
         sealed_mass = jnp.exp(page_lse - against[..., None])  # [rows, heads, n, pages]
         raw_mass = jnp.exp(token_logits - against[..., None, None])
-        mass = jnp.sum(sealed_mass, axis=2), jnp.sum(raw_mass, axis=2)
+        mass = _sum(cache.split, sealed_mass, 2), _sum(cache.split, raw_mass, 2)
     return unpack_heads(out).astype(q.dtype), unpack_heads(lse), mass
 
 
@@ -176,10 +182,15 @@ def _power_of_two_below(n: int) -> int:
     return 1 << max(0, n.bit_length() - 1)
 
 
-def _page_lse(logits: jax.Array, mask: jax.Array) -> jax.Array:
+def _sum(split: HeadSplit | None, x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """Sum of [rows, heads, ...] over axes after the heads."""
+    return head_by_head(split, functools.partial(jnp.sum, axis=axis), x, axes=(1,), out_axis=1)
+
+
+def _page_lse(split: HeadSplit | None, logits: jax.Array, mask: jax.Array) -> jax.Array:
     """[rows, heads, n, pages]: log-sum-exp over the tokens of each page, MASKED where none."""
     top = jnp.max(jnp.where(mask, logits, MASKED), axis=4)
-    total = jnp.sum(jnp.where(mask, jnp.exp(logits - top[..., None]), 0.0), axis=4)
+    total = _sum(split, jnp.where(mask, jnp.exp(logits - top[..., None]), 0.0), 4)
     return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), MASKED)
 
 

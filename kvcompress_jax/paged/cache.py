@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from kvcompress_jax.calibrated import CalibratedCode
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.importance import LearnedScore
+from kvcompress_jax.paged.heads import HeadSplit
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
 from kvcompress_jax.paged.telemetry import Telemetry, init_telemetry
 
@@ -41,6 +42,8 @@ class PagedCache:
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
     learned: LearnedScore | None = None  # weights of the trained importance, read only
     telemetry: Telemetry | None = None
+    # None outside `jax.shard_map`: the arrays are whole, wherever they are.
+    split: HeadSplit | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def sizes(self) -> PoolSizes:

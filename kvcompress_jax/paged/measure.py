@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.heads import gather_heads
 from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.read import decode_pages, slot_tokens
 from kvcompress_jax.paged.table import PageTable
@@ -125,6 +126,7 @@ def measure(
     error = jnp.where(taken & (norm > 0), scaled / jnp.where(norm > 0, norm, 1.0), 0.0)
     lse_error = jnp.abs(jnp.log(total)) * jnp.sqrt(share)[:, :, None, None]
     lse_error = jnp.where(taken, lse_error, 0.0)
+    taken, error, lse_error = (gather_heads(cache.split, x, 2) for x in (taken, error, lse_error))
     old = telemetry.sums
     sums = ErrorSums(
         samples=old.samples.at[layer].add(jnp.sum(taken).astype(jnp.float32)),

@@ -1,12 +1,14 @@
 """Attention mass into the statistics that decide about tokens and pages."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.paged.attention import AttentionMass
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.heads import gather_heads
 from kvcompress_jax.paged.table import PageTable
 
 
@@ -46,11 +48,15 @@ def observe(
     # Queries at max(token, first_query) .. length - 1 could see the token.
     seen = jnp.clip(length - jnp.maximum(token, first_query), 0, None)
     sealed = jnp.where(_live(table.sealed, table.sealed_count), table.sealed, cache.base.shape[1])
+    # Head after head: a reduction XLA would merge with that over a head's queries, where no heads
+    # have to be gathered, and which page is colder could depend on how many shards there are.
+    of_heads = gather_heads(cache.split, mass.sealed, 1)
+    of_pages = functools.reduce(jnp.add, [of_heads[:, i] for i in range(of_heads.shape[1])])
     return dataclasses.replace(
         cache,
         mass=cache.mass.at[layer, raw].add(mass.raw.transpose(0, 2, 1, 3), mode="drop"),
         seen=cache.seen.at[layer, raw].add(seen.astype(jnp.float32), mode="drop"),
-        heat=cache.heat.at[sealed].add(jnp.sum(mass.sealed, axis=1), mode="drop"),
+        heat=cache.heat.at[sealed].add(of_pages, mode="drop"),
     )
 
 

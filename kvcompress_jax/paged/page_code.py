@@ -46,6 +46,10 @@ class PageFit:
     worth: jax.Array | None  # f32[heads, page_size], how much each token deserves more bits
 
 
+# Where the heads are in the arguments of `fit_page`, with layers before them.
+FIT_AXES = (1, 1, 1, None, None, 1)
+
+
 def encode_page(
     keys: jax.Array,
     values: jax.Array,

@@ -10,7 +10,8 @@ from jax import lax
 from kvcompress_jax.calibrated.code import LARGEST
 from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.paged.cache import PagedCache
-from kvcompress_jax.paged.page_code import PageCode, PageFit, code_page, fit_page
+from kvcompress_jax.paged.heads import head_by_head, on_all_heads
+from kvcompress_jax.paged.page_code import FIT_AXES, PageCode, PageFit, code_page, fit_page
 from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.seal_rows import seal_rows
 from kvcompress_jax.paged.seal_triton import seal_triton
@@ -71,7 +72,8 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
         if layout.sink_tokens and cache.sinks.shape[1]:
             exact = (token < layout.sink_tokens) & (sealing.sink[i] >= 0)
         if cache.code is not None and layout.rows is not None:
-            finite = jnp.all(jnp.abs(kv.astype(jnp.float32)) <= LARGEST)  # False for NaN
+            sound = jnp.all(jnp.abs(kv.astype(jnp.float32)) <= LARGEST)  # False for NaN
+            finite = on_all_heads(cache.split, sound)
             write = functools.partial(
                 seal_rows,
                 code=cache.code,
@@ -83,9 +85,16 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
                 page=sealing.page[i],
             )
         else:
-            fit = fit_layers(kv[:, 0], kv[:, 1], mass, seen, exact, cache.learned)
+            fit = head_by_head(
+                cache.split,
+                fit_layers,
+                *(kv[:, 0], kv[:, 1], mass, seen, exact, cache.learned),
+                axes=FIT_AXES,
+                out_axis=1,
+            )
             # 0 times what is not finite is NaN; a sum is what XLA's fast reductions on CPUs can do.
-            finite = jnp.all(jnp.sum(kv.astype(jnp.float32) * 0.0, axis=(-2, -1)) == 0)
+            sound = jnp.all(jnp.sum(kv.astype(jnp.float32) * 0.0, axis=(-2, -1)) == 0)
+            finite = on_all_heads(cache.split, sound)
             # Two conditions, not one: XLA fuses nothing across their borders. The order of the
             # tokens would else be computed again by all who read it, and the code by one thread as
             # it is stored.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kvcompress_jax.calibrated import CalibratedCode, RowLayout, encode_rows
 from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.heads import head_by_head
 
 
 def seal_rows(
@@ -37,8 +38,20 @@ def seal_rows(
     mass, seen = attention
     mean = mass / jnp.maximum(seen, 1.0)[:, None]
     encoder = functools.partial(encode_rows, rows=rows)
-    row, refined = jax.vmap(encoder, in_axes=(0, 0, 0, None, None, 0))(
-        kv[:, 0], kv[:, 1], mean, exact, first, code
+    encode_layers = jax.vmap(encoder, in_axes=(0, 0, 0, None, None, 0))
+
+    def encode(
+        keys: jax.Array, values: jax.Array, mean: jax.Array, of_heads: CalibratedCode
+    ) -> tuple[jax.Array, jax.Array]:
+        whole = dataclasses.replace(of_heads, frequencies=code.frequencies)
+        return encode_layers(keys, values, mean, exact, first, whole)
+
+    row, refined = head_by_head(
+        cache.split,
+        encode,
+        *(kv[:, 0], kv[:, 1], mean, dataclasses.replace(code, frequencies=None)),  # type: ignore[arg-type]
+        axes=(1, 1, 1, 1),
+        out_axis=1,
     )
     return dataclasses.replace(
         cache,

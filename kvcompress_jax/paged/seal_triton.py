@@ -11,7 +11,8 @@ from kvcompress_jax.codec import Scale
 from kvcompress_jax.kernels.pools import CodePools
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
 from kvcompress_jax.paged.cache import PagedCache
-from kvcompress_jax.paged.page_code import fit_page
+from kvcompress_jax.paged.heads import head_by_head, on_all_heads
+from kvcompress_jax.paged.page_code import FIT_AXES, fit_page
 from kvcompress_jax.paged.sealing import Sealing
 from kvcompress_jax.paged.telemetry import keep_shadow
 
@@ -49,6 +50,7 @@ def seal_triton(cache: PagedCache, sealing: Sealing, *, interpret: bool = False)
         worth=_worth(cache, sealing, n),
         interpret=interpret,
     )
+    sealed = on_all_heads(cache.split, sealed)
     # Indices out of range are dropped.
     page = jnp.where(sealed, sealing.page, cache.sealed.shape[0])
     sinks = cache.sinks
@@ -94,7 +96,13 @@ def _worth(cache: PagedCache, sealing: Sealing, n: int) -> jax.Array | None:
         if layout.sink_tokens and cache.sinks.shape[1]:
             exact = (token < layout.sink_tokens) & (sealing.sink[i] >= 0)
         keys, values = cache.raw[:, raw, 0], cache.raw[:, raw, 1]
-        found = fit_layers(keys, values, mass, seen, exact, cache.learned).worth
+        found = head_by_head(
+            cache.split,
+            fit_layers,
+            *(keys, values, mass, seen, exact, cache.learned),
+            axes=FIT_AXES,
+            out_axis=1,
+        ).worth
         return worth.at[i].set(found)
 
     return lax.fori_loop(0, sealing.count, body, jnp.zeros((n, *shape)))

@@ -18,8 +18,9 @@ from kvcompress_jax.lab.methods.base import Context
 from kvcompress_jax.lab.methods.embedded import Embedded
 from kvcompress_jax.lab.outliers import with_outlier_keys
 from kvcompress_jax.lab.tune import Goal, Tuner
+from kvcompress_jax.models.cache_settings import cache_layout
 from kvcompress_jax.models.load import load_model
-from kvcompress_jax.models.runner import cache_layout, make_runner
+from kvcompress_jax.models.runner import make_runner
 from kvcompress_jax.quality import QualityBound, QualityError
 from tests.lab.small import TEXT, write_small_model
 from tests.models.tiny import CONFIGS

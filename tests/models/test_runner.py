@@ -8,7 +8,8 @@ import pytest
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.manager import OutOfPagesError, device
 from kvcompress_jax.models.dense import dense_forward
-from kvcompress_jax.models.runner import make_runner, run_step
+from kvcompress_jax.models.runner import make_runner
+from kvcompress_jax.models.step import run_step
 from kvcompress_jax.paged.raw_bits import bits
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
 

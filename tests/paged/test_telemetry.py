@@ -10,7 +10,8 @@ import pytest
 from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.manager.page import Page
 from kvcompress_jax.manager.shadows import Shadows
-from kvcompress_jax.models.runner import make_runner, run_step
+from kvcompress_jax.models.runner import make_runner
+from kvcompress_jax.models.step import run_step
 from kvcompress_jax.paged import apply_plan
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
 from tests.paged.batch import reference_attention, reference_page
