@@ -82,14 +82,16 @@ class Replicas:
           JaxRuntimeError: as `Engine.step`, when all engines have finished the step.
         """
         errors: list[Exception] = []
+        started = []
         for engine in self.engines:
             if not engine.idle:
                 try:
                     engine.start_step()
+                    started.append(engine)
                 except (OutOfPagesError, jax.errors.JaxRuntimeError) as e:
                     errors.append(e)
         finished = []
-        for engine in self.engines:
+        for engine in started:
             try:
                 finished += engine.finish_step()
             except jax.errors.JaxRuntimeError as e:
