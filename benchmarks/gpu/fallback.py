@@ -47,6 +47,8 @@ def fallback_bytes(shape: Shape, level: str, target: Target, *, sequences: int, 
     cache = jax.eval_shape(functools.partial(init_cache, layout, sizes))
     q = jax.ShapeDtypeStruct((sequences, 1, shape.heads, shape.dim), jnp.bfloat16)
 
+    block = pages_at_once(sequences, shape.heads // shape.kv_heads, layout, platform="gpu")
+
     def step(q, cache, table):  # type: ignore[no-untyped-def]
         return attend_xla(
             q,
@@ -58,8 +60,8 @@ def fallback_bytes(shape: Shape, level: str, target: Target, *, sequences: int, 
             window=None,
             soft_cap=None,
             return_mass=False,
+            block_pages=block,
         )[:2]
 
     text = compile_for(step, (q, cache, tables), target).as_text()
-    block = pages_at_once(sequences, layout)
     return moved_bytes(text, trips=-(-pages // block))

@@ -1,5 +1,6 @@
 """How far a compressed cache is from the uncompressed one: attention outputs, keys, values."""
 
+import dataclasses
 import functools
 from typing import TypeAlias
 
@@ -14,75 +15,143 @@ from kvcompress_jax.models.runner import Runner
 from kvcompress_jax.paged import PagedCache, PageTable, append, attend, read_pages
 
 
-def attention_output_error(
-    reference: Runner, compressed: Runner, sequences: tuple[int, int], tokens: list[int]
-) -> float:
-    """Relative L2 error of the attention outputs, mean over layers: the same queries attend to
-    both caches, layer by layer, and the uncompressed result goes on.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Attended:
+    """Queries of some tokens in every layer, and what the uncompressed cache answered."""
+
+    q: jax.Array  # [layers, tokens, heads, dim]
+    k: jax.Array  # [layers, tokens, kv_heads, dim]
+    v: jax.Array  # like k
+    out: jax.Array  # f32, like q
+
+
+def attend_uncompressed(reference: Runner, sequence: int, tokens: list[int]) -> Attended:
+    """Feeds tokens to a fork of a sequence that is not compressed.
 
     Args:
-      reference: holds the context uncompressed.
-      compressed: holds the context compressed.
-      sequences: the sequence in either.
-      tokens: whose queries are taken; both sequences grow by them.
+      reference: its runner; it has room for one more sequence.
+      sequence: holds the context.
+      tokens: whose queries are taken.
     """
-    start = reference.manager.length(sequences[0])
-    runners, tables, slots = (reference, compressed), [], []
-    for runner, sequence in zip(runners, sequences, strict=True):
-        runner.advance()
-        slots.append(runner.manager.append_slots(sequence, len(tokens)))
-        tables.append(runner.manager.table([sequence]))
-    errors, reference.cache, compressed.cache = _compare_layers(
+    fork = reference.manager.fork(sequence)
+    start = reference.manager.length(fork)
+    reference.advance()
+    slots = reference.manager.append_slots(fork, len(tokens))
+    attended, reference.cache = _record_layers(
         reference.model.params,
-        (reference.cache, compressed.cache),
-        tuple(tables),
-        tuple(slots),
+        reference.cache,
+        reference.manager.table([fork]),
+        slots,
         np.array(tokens, np.int32),
         np.arange(start, start + len(tokens), dtype=np.int32),
         config=reference.model.config,
     )
+    reference.manager.free(fork)
+    return attended
+
+
+def attention_output_error(attended: Attended, compressed: Runner, sequence: int) -> float:
+    """Relative L2 error of the attention outputs, mean over layers: the same queries attend to the
+    compressed cache, layer by layer.
+
+    Args:
+      attended: what the uncompressed cache answered.
+      compressed: holds the context compressed.
+      sequence: of the context; it grows by the queries' tokens.
+    """
+    compressed.advance()
+    slots = compressed.manager.append_slots(sequence, attended.q.shape[1])
+    errors, compressed.cache = _compare_layers(
+        compressed.cache,
+        compressed.manager.table([sequence]),
+        slots,
+        attended,
+        config=compressed.model.config,
+    )
     return float(jnp.mean(errors))
 
 
-_State: TypeAlias = tuple[PagedCache, PagedCache, jax.Array]
+_State: TypeAlias = tuple[PagedCache, Attended]
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
-def _compare_layers(
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _record_layers(
     params: DecoderParams,
-    caches: tuple[PagedCache, PagedCache],
-    tables: tuple[PageTable, PageTable],
-    slots: tuple[jax.Array, jax.Array],
+    cache: PagedCache,
+    table: PageTable,
+    slots: jax.Array,
     tokens: jax.Array,
     positions: jax.Array,
     *,
     config: DecoderConfig,
-) -> tuple[jax.Array, PagedCache, PagedCache]:
+) -> tuple[Attended, PagedCache]:
     def attention(
         q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, window: jax.Array, state: _State
     ) -> tuple[jax.Array, _State]:
-        first, second, errors = state
-        grown, outs = [], []
-        for cache, table, own_slots in zip((first, second), tables, slots, strict=True):
-            grown.append(append(cache, layer, k, v, own_slots))
-            out, _, _ = attend(
-                q[None],
-                grown[-1],
-                layer,
-                table,
-                scale=config.query_scale,
-                window=window if any(config.layer_windows) else None,
-                soft_cap=config.soft_cap,
-            )
-            outs.append(out[0].astype(jnp.float32))
-        error = jnp.linalg.norm(outs[1] - outs[0]) / jnp.linalg.norm(outs[0])
-        return outs[0].astype(q.dtype), (grown[0], grown[1], errors.at[layer].set(error))
+        cache = append(state[0], layer, k, v, slots)
+        out = _attend(q, cache, layer, table, window, config)
+        here = Attended(q=q, k=k, v=v, out=out)
+        record = jax.tree.map(lambda all_, x: all_.at[layer].set(x), state[1], here)
+        return out.astype(q.dtype), (cache, record)
 
-    errors = jnp.zeros((config.num_layers,), jnp.float32)
-    _, (first, second, errors) = decode(
-        params, config, tokens, positions, attention, (caches[0], caches[1], errors)
+    def empty(heads: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((config.num_layers, tokens.shape[0], heads, config.head_dim), dtype)
+
+    dtype = params.embedding.dtype
+    record = Attended(
+        q=empty(config.num_heads, dtype),
+        k=empty(config.num_kv_heads, dtype),
+        v=empty(config.num_kv_heads, dtype),
+        out=empty(config.num_heads, jnp.dtype(jnp.float32)),
     )
-    return errors, first, second
+    _, (cache, record) = decode(params, config, tokens, positions, attention, (cache, record))
+    return record, cache
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _compare_layers(
+    cache: PagedCache,
+    table: PageTable,
+    slots: jax.Array,
+    attended: Attended,
+    *,
+    config: DecoderConfig,
+) -> tuple[jax.Array, PagedCache]:
+    windows = jnp.asarray(config.layer_windows, jnp.int32)
+
+    def one_layer(
+        cache: PagedCache, layer: tuple[jax.Array, jax.Array, Attended]
+    ) -> tuple[PagedCache, jax.Array]:
+        index, window, want = layer
+        cache = append(cache, index, want.k, want.v, slots)
+        out = _attend(want.q, cache, index, table, window, config)
+        return cache, jnp.linalg.norm(out - want.out) / jnp.linalg.norm(want.out)
+
+    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+    cache, errors = jax.lax.scan(one_layer, cache, (layers, windows, attended))
+    return errors, cache
+
+
+def _attend(
+    q: jax.Array,
+    cache: PagedCache,
+    layer: jax.Array,
+    table: PageTable,
+    window: jax.Array,
+    config: DecoderConfig,
+) -> jax.Array:
+    """f32, like q: [tokens, heads, dim] of one sequence."""
+    out, _, _ = attend(
+        q[None],
+        cache,
+        layer,
+        table,
+        scale=config.query_scale,
+        window=window if any(config.layer_windows) else None,
+        soft_cap=config.soft_cap,
+    )
+    return out[0].astype(jnp.float32)
 
 
 def cosines(

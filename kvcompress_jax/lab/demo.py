@@ -13,7 +13,7 @@ from kvcompress_jax.models.load import Model
 from kvcompress_jax.models.tokenizer import Tokenizer
 
 FACTS = 6
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 24
 PROMPTS = (
     "\n\nTo sum up, the text above is about",
     "\n\nThe most important point is that",

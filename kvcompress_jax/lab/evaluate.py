@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
-from kvcompress_jax.lab.cache_error import attention_output_error, cosines
+from kvcompress_jax.lab.cache_error import attend_uncompressed, attention_output_error, cosines
 from kvcompress_jax.lab.divergence import Divergence, divergence
-from kvcompress_jax.lab.retrieval import plant_facts, retrieval_accuracy
+from kvcompress_jax.lab.prefill import Prefill, observing, put_prefill, take_prefill
+from kvcompress_jax.lab.retrieval import Facts, plant_facts, retrieval_accuracy
 from kvcompress_jax.lab.texts import TextError, check_positions, take_tokens
 from kvcompress_jax.lab.timing import time_pages
 from kvcompress_jax.models.load import Model
@@ -109,26 +110,38 @@ class Evaluator:
             self.facts = plant_facts(
                 model.tokenizer, every, context_tokens=context_tokens, facts=facts
             )
-        uncompressed = CompressionConfig(enabled=False)
+        uncompressed = observing(wanted + len(self.continuation) + 2 * ERROR_TOKENS)
         progress("uncompressed: context")
         self.reference, self.sequence = self._read(uncompressed, self.context)
+        self.prefill = self._prefill(self.reference, self.sequence)
         progress("uncompressed: continuation")
         self.logits = self._continue(self.reference, self.sequence)
+        tokens = self.continuation[:ERROR_TOKENS]
+        self.attended = attend_uncompressed(self.reference, self.sequence, tokens)
         progress("uncompressed: retrieval")
-        self.recalled = self._recall(uncompressed)
+        self.recalled, self.facts_prefill = math.nan, None
+        if self.facts is not None:
+            runner, sequence = self._read(uncompressed, self.facts.context)
+            self.facts_prefill = self._prefill(runner, sequence)
+            self.recalled = self._recall(runner, sequence, self.facts)
 
     def evaluate(self, config: CompressionConfig) -> Evaluation:
         """All measures of one configuration."""
         self.progress("context")
-        runner, sequence = self._read(config, self.context)
+        runner, sequence = self._read(config, self.context, self.prefill)
         stats = runner.manager.get_compression_stats()
         self.progress("cache error")
         similar = cosines(self.reference, runner, (self.sequence, sequence)) or (1.0, 1.0)
-        error = self._attention_error(runner, sequence)
+        fork = runner.manager.fork(sequence)
+        error = attention_output_error(self.attended, runner, fork)
+        runner.manager.free(fork)
         self.progress("continuation")
         found = self._divergence(runner, sequence)
         self.progress("retrieval")
-        recalled = self._recall(config)
+        recalled = math.nan
+        if self.facts is not None:
+            asked = self._read(config, self.facts.context, self.facts_prefill)
+            recalled = self._recall(*asked, self.facts)
         self.progress("timing")
         times = None
         if stats["effective_bits"] is not None:
@@ -155,7 +168,7 @@ class Evaluator:
     def fidelity(self, config: CompressionConfig) -> tuple[Divergence, float]:
         """Of the continuation's predictions alone, and the bits per value of the whole cache."""
         self.progress("context")
-        runner, sequence = self._read(config, self.context)
+        runner, sequence = self._read(config, self.context, self.prefill)
         bits = runner.manager.get_compression_stats()["cache_bits"]
         self.progress("continuation")
         return self._divergence(runner, sequence), math.nan if bits is None else bits
@@ -165,9 +178,11 @@ class Evaluator:
         targets = np.array(self.continuation[1:], np.int32)
         return divergence(self.logits[:-1], logits[:-1], targets)
 
-    def _read(self, config: CompressionConfig, tokens: list[int]) -> tuple[Runner, int]:
+    def _read(
+        self, config: CompressionConfig, tokens: list[int], prefill: Prefill | None = None
+    ) -> tuple[Runner, int]:
         """A runner that holds `tokens` in a sequence, compressed as the configuration says, with
-        room for the continuation in a fork."""
+        room for the continuation in a fork; `prefill` is what the model made of them, if known."""
         runner = make_runner(
             self.model,
             config,
@@ -176,8 +191,11 @@ class Evaluator:
             chunk_tokens=self.chunk_tokens,
             kv_dtype=self.kv_dtype,
         )
-        sequence = runner.manager.add()
-        runner.extend(sequence, tokens)
+        if prefill is None:
+            sequence = runner.manager.add()
+            runner.extend(sequence, tokens)
+        else:
+            sequence = put_prefill(runner, prefill)
         runner.advance()
         # From here on in small steps, so that pages are sealed as they leave the window.
         runner.chunk_tokens = min(config.page_size, self.chunk_tokens)
@@ -191,17 +209,11 @@ class Evaluator:
         runner.manager.free(fork)
         return logits
 
-    def _attention_error(self, runner: Runner, sequence: int) -> float:
-        forks = self.reference.manager.fork(self.sequence), runner.manager.fork(sequence)
-        tokens = self.continuation[:ERROR_TOKENS]
-        error = attention_output_error(self.reference, runner, forks, tokens)
-        for each, fork in zip((self.reference, runner), forks, strict=True):
-            each.manager.free(fork)
-        return error
+    def _prefill(self, runner: Runner, sequence: int) -> Prefill | None:
+        """None where compression starts before the context has been read."""
+        length = runner.manager.length(sequence)
+        return take_prefill(runner, sequence) if self.chunk_tokens >= length else None
 
-    def _recall(self, config: CompressionConfig) -> float:
-        if self.facts is None:
-            return math.nan
-        runner, sequence = self._read(config, self.facts.context)
+    def _recall(self, runner: Runner, sequence: int, facts: Facts) -> float:
         runner.chunk_tokens = QUESTION_TOKENS
-        return retrieval_accuracy(runner, sequence, self.facts)
+        return retrieval_accuracy(runner, sequence, facts)

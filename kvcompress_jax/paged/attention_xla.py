@@ -19,9 +19,13 @@ from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.read import decode_pages, slot_tokens
 from kvcompress_jax.paged.table import PageTable
 
-# Numbers that the keys of one block hold: 4 MiB as float32. Larger blocks leave the caches of a CPU
-# and cost it page faults, smaller ones the overhead of a loop (measured: three times the time).
+# Numbers that the keys of one block hold. On a CPU what a block needs should stay in the caches of
+# a core: with half a MiB of float32 keys decode takes half the time that it takes with 4 MiB. Other
+# devices pay for every pass of a loop.
 BLOCK_NUMBERS = 1 << 20
+BLOCK_NUMBERS_CPU = 1 << 17
+# A pass reads and writes the running sums; with many queries they are larger than such a block.
+BLOCKS_PER_STATE = 4
 MASKED = -1e30  # finite: the difference of two of them is 0, not NaN
 
 _einsum = functools.partial(
@@ -65,8 +69,13 @@ def attend_xla(
     window: jax.Array | int | None,
     soft_cap: float | None,
     return_mass: bool,
+    block_pages: int | None = None,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """See `kvcompress_jax.paged.attention.attend`; `n` below is queries x heads per KV head."""
+    """See `kvcompress_jax.paged.attention.attend`; `n` below is queries x heads per KV head.
+
+    `block_pages`: pages of each sequence that one pass of a loop takes; None: what is best on the
+    default device (`pages_at_once`).
+    """
     rows, queries, all_heads, dim = q.shape
     layout = cache.layout
     heads, page_size = layout.kv_heads, layout.page_size
@@ -94,7 +103,7 @@ def attend_xla(
 
     # Of all heads, wherever they are: where blocks end, the softmax is rounded.
     shards = 1 if cache.split is None else cache.split.shards
-    block = pages_at_once(rows * shards, layout)
+    block = block_pages or pages_at_once(rows * shards, n, layout)
     offsets = jnp.arange(page_size, dtype=jnp.int32)
 
     def sealed_block(
@@ -171,10 +180,22 @@ def attend_xla(
     return unpack_heads(out).astype(q.dtype), unpack_heads(lse), mass
 
 
-def pages_at_once(rows: int, layout: CacheLayout) -> int:
-    """Pages of each of `rows` sequences that one pass of a loop takes."""
-    numbers = rows * layout.kv_heads * layout.page_size * layout.head_dim
-    return _power_of_two_below(BLOCK_NUMBERS // numbers)
+def pages_at_once(
+    rows: int, queries: int, layout: CacheLayout, *, platform: str | None = None
+) -> int:
+    """Pages of each sequence that one pass of a loop takes.
+
+    Args:
+      rows: sequences.
+      queries: of each sequence and KV head.
+      layout: of the cache.
+      platform: of the device, as JAX names it; None: of the default device.
+    """
+    of_token = rows * layout.kv_heads * layout.head_dim
+    numbers = BLOCK_NUMBERS
+    if (platform or jax.default_backend()) == "cpu":
+        numbers = min(max(BLOCK_NUMBERS_CPU, BLOCKS_PER_STATE * queries * of_token), numbers)
+    return _power_of_two_below(numbers // (of_token * layout.page_size))
 
 
 def _power_of_two_below(n: int) -> int:
