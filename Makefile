@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TEST_ARGS)
 
 # vLLM has an environment of its own: Python 3.11, and builds of PyTorch and vLLM without CUDA.
 VLLM_VENV ?= .venv-vllm
@@ -24,7 +24,8 @@ VLLM_TESTS ?= tests/vllm tests/interop
 
 test-vllm:
 	$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.vllm
-	JAX_PLATFORMS=cpu $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) $(TEST_ARGS)
+	JAX_PLATFORMS=cpu $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(VLLM_TESTS) \
+	  $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -20,6 +20,8 @@ from kvcompress_jax.importance.learned import (
 from kvcompress_jax.models.runner import make_runner
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
 
+pytestmark = pytest.mark.slow
+
 LAYERS, TOKENS, HEADS, DIM = 2, 16, 3, 8
 SHAPE = {"fingerprint": "tiny", "layers": LAYERS, "kv_heads": HEADS, "head_dim": DIM}
 EVERY = np.ones((TOKENS, HEADS), bool)

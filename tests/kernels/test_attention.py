@@ -47,7 +47,16 @@ def run(batch, q, query_lengths, scale, *, kernel, **options):
     return out, lse, AttentionMass(*mass)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SLOW = ("all-refined", "one-head", "sixteen-heads")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_kernel_and_reference(case):
     page_size, dim, group, queries, dtype, ratio, options = case
     config = CompressionConfig(page_size=page_size, window_tokens=page_size, ratio=ratio)

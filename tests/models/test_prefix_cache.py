@@ -11,6 +11,8 @@ from kvcompress_jax.models.runner import Runner
 from kvcompress_jax.paged import PoolSizes
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
 
+pytestmark = pytest.mark.slow
+
 MODEL = tiny_model(CONFIGS["llama"])
 FIRST = random_tokens(MODEL.config, 150, seed=1)
 SECOND = FIRST[:100] + random_tokens(MODEL.config, 40, seed=2)

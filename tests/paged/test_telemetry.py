@@ -16,6 +16,8 @@ from kvcompress_jax.paged import apply_plan
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
 from tests.paged.batch import reference_attention, reference_page
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 150
 CONFIG = CompressionConfig(page_size=16, window_tokens=16, telemetry_share=1.0, telemetry_pages=16)
 
