@@ -62,7 +62,7 @@ def main() -> int:
     except DeviceError as e:
         print(e, file=sys.stderr)
         return 2
-    cases = [case for case in all_cases() if case.example and case.reference]
+    cases = [case for case in all_cases() if case.example and case.reference and runs(case)]
     if check_cases(console, cases) | check_attention(console):
         return 1
     copied = copy_bandwidth()
@@ -80,6 +80,17 @@ def main() -> int:
     if args.json is not None:
         write_json(args.json, result)
     return 0
+
+
+def runs(case: Case) -> bool:
+    """Whether the kernel takes the case on this device and JAX; says so if it does not."""
+    function, arguments = case.build()
+    try:
+        jax.eval_shape(function, *arguments)
+    except NotImplementedError as e:
+        print(f"refused {case.name}: {e}")
+        return False
+    return True
 
 
 def check_cases(console: Console, cases: list[Case]) -> bool:
@@ -104,12 +115,13 @@ def check_attention(console: Console) -> bool:
             layout, number = _layout(shape, level)
             cache, table = random_cache(layout, level=number, sequences=2, tokens=512)
             q = jax.random.normal(jax.random.key(2), (2, 1, shape.heads, shape.dim), jnp.bfloat16)
-            outputs = {
-                name: jax.jit(functools.partial(attend, layer=0, implementation=name))(
-                    q, cache, table=table
-                )[:2]
-                for name in IMPLEMENTATIONS
-            }
+            outputs = {}
+            for name in IMPLEMENTATIONS:
+                step = jax.jit(functools.partial(attend, layer=0, implementation=name))
+                try:
+                    outputs[name] = step(q, cache, table=table)[:2]
+                except NotImplementedError as e:
+                    console.print(f"refused attend/{name} {shape.name} {level}: {e}")
             for name, output in outputs.items():
                 difference = disagreement(output, outputs["xla"])
                 wrong = wrong or difference is not None
@@ -164,14 +176,17 @@ def time_attention(console: Console, copied: float, *, quick: bool) -> list[dict
                     layout, level=number, sequences=sequences, tokens=tokens
                 )
                 for name in IMPLEMENTATIONS:
-                    seconds[level, name] = attention_seconds(
-                        cache,
-                        pages,
-                        heads=shape.heads,
-                        implementation=name,
-                        repeats=REPEATS,
-                        calls=CALLS,
-                    )
+                    try:
+                        seconds[level, name] = attention_seconds(
+                            cache,
+                            pages,
+                            heads=shape.heads,
+                            implementation=name,
+                            repeats=REPEATS,
+                            calls=CALLS,
+                        )
+                    except NotImplementedError:
+                        continue  # `check_attention` has said why
             for (level, name), took in seconds.items():
                 size = sequences * (tokens // PAGE_SIZE) * page_bytes(shape, level)
                 row = {

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu.cases import REFUSALS, all_cases
+from benchmarks.gpu.cases import REFUSALS, all_cases, refusals_of
 from benchmarks.gpu.inspect import inspect_cases
 from benchmarks.gpu.report import CaseReport, as_json, from_json, judge
 from benchmarks.gpu.table import gate_page, merged, stale
@@ -53,7 +53,8 @@ def main() -> int:
             if ended.returncode:  # a compiler that fails may take the process with it
                 found.append(f"{target}: the process ended with {ended.returncode}")
     partial = bool(args.only) or tuple(args.targets) != TARGETS
-    found += judge(reports, {} if partial else REFUSALS)
+    seen = refusals_of([(x.case, x.architecture) for x in reports])
+    found += judge(reports, seen if partial else REFUSALS)
     file = DOCS / "gpu-gate.json"
     if args.write:
         written = merged(reports, file) if partial else reports

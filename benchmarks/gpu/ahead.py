@@ -4,6 +4,7 @@ Importing this module decides how the process compiles, so that it comes before 
 for a device; and a process compiles for one architecture only.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,13 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.gpu.target import NAMES, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device(jax.sharding.AbstractDevice):
+    """Mosaic GPU compiles for what the device says it is, as real ones do."""
+
+    compute_capability: str
 
 
 def compile_for(
@@ -40,8 +48,11 @@ def compile_for(
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tuple(arguments)
     )
-    device = jax.sharding.AbstractDevice(
-        device_kind=NAMES[target.name], num_cores=None, platform="gpu"
+    device = _Device(
+        device_kind=NAMES[target.name],
+        num_cores=None,
+        platform="gpu",
+        compute_capability=".".join(map(str, target.capability)),
     )
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -22,13 +22,16 @@ def inspect_cases(
     """Reports on each case. To be called once in a process, before JAX compiles anything: where
     XLA leaves its files is decided then."""
     folder = Path(tempfile.mkdtemp(prefix="gpu-gate-"))
+    kernels = folder / "mosaic"
+    kernels.mkdir()
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(kernels)
     flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_dump_to={folder}"]
     os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_dump_emitter_re=ptx"])
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
         for case in cases:
             done(_inspect(case, target, folder))
-            for file in folder.iterdir():
+            for file in folder.rglob("*.*"):
                 file.unlink()
     finally:
         shutil.rmtree(folder)
@@ -75,4 +78,21 @@ def _kernels(text: str, target: Target, folder: Path) -> list[KernelReport]:
             reports.append(
                 kernel_report(entry[1], code, target, shared_bytes=shared, warps=threads // 32)
             )
-    return reports
+    return reports + [_mosaic_kernel(x, target) for x in sorted(folder.glob("mosaic/*.ptx"))]
+
+
+def _mosaic_kernel(ptx: Path, target: Target) -> KernelReport:
+    """Mosaic GPU assembles its kernels itself, and says of the launch in a dump of its own."""
+    text = ptx.read_text()
+    entry, threads = re.search(r"\.entry (\w+)\(", text), re.search(r"\.maxntid (\d+)", text)
+    launch = ptx.with_name(f"{ptx.stem}.after_layout_inference.txt").read_text()
+    shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", launch)
+    if entry is None or threads is None or shared is None:
+        raise ValueError(f"{ptx.name}: expected a kernel, its threads and shared memory, got none")
+    return kernel_report(
+        entry[1].removesuffix("_mosaic_gpu_kernel"),
+        assemble(ptx, target.assembler_architecture),
+        target,
+        shared_bytes=int(shared[1]),
+        warps=int(threads[1]) // 32,
+    )

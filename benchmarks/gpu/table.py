@@ -22,7 +22,7 @@ and fails when this page no longer holds; CI judges attention anew.
   whether it reads something again inside is not seen.
 - *ceiling*: how many times over the instructions of a loop fit in the time that its bytes need,
   for each loop that loads. An upper bound, as if no instruction ever waited: below 1 the loop
-  cannot reach the memory's bandwidth, above 1 it may.
+  cannot reach the memory's bandwidth, above 1 it may. Of bulk copies the bytes are not known.
 """
 COLUMNS = (
     "case|warps|registers|spilled|stack|shared|occupancy|loads|tensor|temporary|bytes|ceiling"

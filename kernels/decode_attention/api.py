@@ -3,11 +3,16 @@
 import jax
 
 from kvcompress_jax.kernels.decode_attention.inputs import AttentionPools, PageLists
+from kvcompress_jax.kernels.decode_attention.mosaic import attention_mosaic
 from kvcompress_jax.kernels.decode_attention.reference import attention_reference
 from kvcompress_jax.kernels.decode_attention.triton import attention_triton
 from kvcompress_jax.kernels.dispatch import dispatch
 
-IMPLEMENTATIONS = {"triton": attention_triton, "xla": attention_reference}
+IMPLEMENTATIONS = {
+    "triton": attention_triton,
+    "mosaic_gpu": attention_mosaic,  # second while neither has run on a GPU
+    "xla": attention_reference,
+}
 
 
 def decode_attention(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kvcompress_jax.kernels.case import Case
 from kvcompress_jax.kernels.decode_attention.inputs import AttentionPools, PageLists
+from kvcompress_jax.kernels.decode_attention.mosaic import attention_mosaic
 from kvcompress_jax.kernels.decode_attention.reference import attention_reference
 from kvcompress_jax.kernels.decode_attention.triton import attention_triton
 from kvcompress_jax.kernels.pools import init_pools
@@ -19,6 +20,12 @@ SIZES: tuple[tuple[int, int, int, int, str, str], ...] = (
     (16, 128, 8, 4, "bfloat16", ""),
     (64, 96, 32, 4, "bfloat16", ""),
     (64, 128, 0, 4, "bfloat16", ""),
+    (64, 128, 32, 4, "bfloat16", "mass"),
+    (64, 256, 32, 4, "bfloat16", "window"),
+    (128, 128, 64, 16, "float16", ""),
+)
+# Likewise, on Mosaic GPU.
+MOSAIC_SIZES = (
     (64, 128, 32, 4, "bfloat16", "mass"),
     (64, 256, 32, 4, "bfloat16", "window"),
     (128, 128, 64, 16, "float16", ""),
@@ -38,6 +45,7 @@ def make_case(
     queries: int = 1,
     op: str = "decode_attention",
     tokens: int = TOKENS,
+    implementation: str = "triton",
     interpret: bool = False,
 ) -> Case:
     """`ROWS` sequences of `tokens` tokens in sealed pages, of which none is shared and every second
@@ -47,6 +55,8 @@ def make_case(
     )
     arguments = jax.eval_shape(example)
     kernel = functools.partial(attention_triton, op=op, tuning=tuning, interpret=interpret)
+    if implementation == "mosaic_gpu":
+        kernel = functools.partial(attention_mosaic, interpret=interpret)
 
     def run(attention, q, pools, layer, lists, query_lengths, window):  # type: ignore[no-untyped-def]
         out, lse, mass = attention(
@@ -62,9 +72,10 @@ def make_case(
         )
         return out, lse, mass
 
-    name = f"{op}/{page_size}x{dim}/{fine_rows}/{group * queries}/{dtype}"
+    parts = [op, f"{page_size}x{dim}", fine_rows, group * queries, dtype, options]
+    parts.append("" if implementation == "triton" else implementation)
     return Case(
-        name=f"{name}/{options}" if options else name,
+        name="/".join(str(part) for part in parts if part != ""),
         op=op,
         build=lambda: (functools.partial(run, kernel), arguments),
         floor_bytes=_nbytes(arguments) + _result_bytes(arguments, mass=options == "mass"),
@@ -166,4 +177,5 @@ def _nbytes(arrays: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-CASES = [make_case(*size) for size in SIZES]
+MOSAIC_CASES = [make_case(*size, implementation="mosaic_gpu") for size in MOSAIC_SIZES]
+CASES = [*(make_case(*size) for size in SIZES), *MOSAIC_CASES]

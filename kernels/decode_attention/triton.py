@@ -15,6 +15,7 @@ from kvcompress_jax.kernels.decode_attention.inputs import (
     group_pages,
 )
 from kvcompress_jax.kernels.decode_attention.merge import merge
+from kvcompress_jax.kernels.decode_attention.queries import tile_queries
 from kvcompress_jax.kernels.pools import check_addressable
 from kvcompress_jax.kernels.tuning import Tuning, find_tuning
 
@@ -71,26 +72,16 @@ def attention_triton(
         widest=tuning["widest"],
     )
 
-    first_query = lists.length - query_lengths
-    position = first_query[:, None] + jnp.arange(queries, dtype=jnp.int32)[None, :]
-    position = jnp.pad(jnp.repeat(position, group, axis=1), ((0, 0), (0, tiles * tile - n)))
-    packed = q.reshape(rows, queries, heads, group, dim).transpose(0, 2, 1, 3, 4)
-    packed = packed.reshape(rows, heads, n, dim)
-    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, tiles * tile - n), (0, 0)))
-    oldest = None
-    span = jnp.zeros((1,), jnp.int32)
-    if window is not None:
-        span = jnp.asarray(window, jnp.int32).reshape(1)
-        oldest = jnp.where(span > 0, first_query - span + 1, 0)
+    tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, window=window, tile=tile)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    grouped = functools.partial(group_pages, page_size=page_size, oldest=oldest)
+    grouped = functools.partial(group_pages, page_size=page_size, oldest=tiled.oldest)
     recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None)
     inputs = {
         "layer": layer,
-        "q": packed,
-        "position": position,
+        "q": tiled.q,
+        "position": tiled.position,
         "length": lists.length,
-        "span": span,
+        "span": tiled.span,
         "raw": raw,
         "raw_ids": recent.ids,
         "raw_index": recent.index,

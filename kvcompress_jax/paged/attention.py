@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.kernels.dispatch import dispatch
-from kvcompress_jax.paged.attention_triton import attend_triton
+from kvcompress_jax.paged.attention_kernels import attend_mosaic, attend_triton
 from kvcompress_jax.paged.attention_xla import attend_xla
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.table import PageTable
@@ -41,8 +41,12 @@ class Implementation(Protocol):
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]: ...
 
 
-# Fastest first. Which one runs, `dispatch` decides.
-IMPLEMENTATIONS: dict[str, Implementation] = {"triton": attend_triton, "xla": attend_xla}
+# The first that can is taken. Which one runs, `dispatch` decides.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": attend_triton,
+    "mosaic_gpu": attend_mosaic,
+    "xla": attend_xla,
+}
 
 
 def attend(
@@ -78,8 +82,9 @@ def attend(
         positions back, itself included; 0 sees everything. None: no window, and no code for one.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       return_mass: also return what each page and raw token received, from the same pass.
-      implementation: "triton" (GPU kernels), "xla" (any device), or None: the kernels where there
-        is a GPU and they can do it. A name never falls back to another.
+      implementation: "triton" (GPU kernels), "mosaic_gpu" (a GPU kernel for decode steps on sm_90
+        and newer, JAX 0.12 and newer), "xla" (any device), or None: the first of them that can do
+        it, where there is a GPU. A name never falls back to another.
 
     Returns:
       out: q's shape and dtype; zeros for queries that are not real.

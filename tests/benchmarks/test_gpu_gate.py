@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import hlo, sass
-from benchmarks.gpu.cases import REFUSALS, all_cases
+from benchmarks.gpu.cases import REFUSALS, all_cases, refusals_of
 from benchmarks.gpu.report import (
     CaseReport,
     KernelReport,
@@ -92,6 +92,14 @@ def test_known_refusals_are_allowed_and_their_end_is_noticed():
             "expected to be refused (needs sm_90), got compiled"
             in judge([GOOD], {key: "needs sm_90"})[0]
         )
+
+
+def test_a_part_of_the_cases_may_refuse_what_it_is_known_to():
+    (first, *_) = (key.removesuffix(" on sm_80") for key in REFUSALS)
+    assert refusals_of([(first, "sm_80"), (GOOD.case, "sm_80")]) == {
+        f"{first} on sm_80": "device: expected sm_90 or newer, got sm_80"
+    }
+    assert refusals_of([(first, "sm_90")]) == {}
 
 
 def test_a_stale_table_is_noticed(tmp_path):

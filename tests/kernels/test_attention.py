@@ -15,7 +15,7 @@ from kvcompress_jax.kernels.decode_attention.triton import attention_triton
 from kvcompress_jax.kernels.pools import check_addressable
 from kvcompress_jax.paged import attend
 from kvcompress_jax.paged.attention import AttentionMass
-from kvcompress_jax.paged.attention_triton import kernel_inputs
+from kvcompress_jax.paged.attention_kernels import kernel_inputs
 from tests.paged.batch import make_batch
 from tests.paged.test_attention import judge
 

@@ -48,6 +48,39 @@ def attend_triton(
     )
 
 
+def attend_mosaic(
+    q: jax.Array,
+    cache: PagedCache,
+    layer: jax.Array | int,
+    table: PageTable,
+    *,
+    query_lengths: jax.Array,
+    scale: float,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    return_mass: bool,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """See `kvcompress_jax.paged.attention.attend`.
+
+    Raises:
+      NotImplementedError: a step that is no decode step, JAX before 0.12, a device before sm_90,
+        or a cache that the kernel does not read.
+    """
+    pools, lists = kernel_inputs(cache, table)
+    return decode_attention(
+        q,
+        pools,
+        layer,
+        lists,
+        query_lengths=query_lengths,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        return_mass=return_mass,
+        implementation="mosaic_gpu",
+    )
+
+
 def kernel_inputs(cache: PagedCache, table: PageTable) -> tuple[AttentionPools, PageLists]:
     """The pools and lists of a cache and a table.
 

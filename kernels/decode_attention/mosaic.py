@@ -1,0 +1,206 @@
+"""Attention on Mosaic GPU: what `mosaic_body.py` needs, laid out, and its launch.
+
+For decoding on sm_90 and newer, from jax 0.12 on: earlier ones have no `mma` there. This module is
+the one place that knows; it imports nothing of Mosaic until it is called.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kvcompress_jax.kernels.decode_attention.inputs import (
+    AttentionPools,
+    PageLists,
+    group_pages,
+)
+from kvcompress_jax.kernels.decode_attention.merge import merge
+from kvcompress_jax.kernels.decode_attention.queries import tile_queries
+from kvcompress_jax.kernels.decode_attention.sinks import sinks_share
+
+OLDEST_JAX = (0, 12)
+OLDEST_CAPABILITY = (9, 0)  # copies of blocks by the hardware
+PAGE_SIZES = (64, 128)
+FINE_ROWS = (0, 32, 64, 128)  # rows of bytes that shared memory can be swizzled for
+# Queries times query heads of a KV head, by dim: more would not fit in registers.
+MOST_COLUMNS = {128: 16, 256: 8}
+PROGRAMS = 1024  # that the work is split into
+# Shared memory of a block of threads for pages on their way, in bytes: three blocks fit on a core.
+PAGES_ROOM, MOST_STAGES = 64 << 10, 4
+
+
+def attention_mosaic(
+    q: jax.Array,
+    pools: AttentionPools,
+    layer: jax.Array | int,
+    lists: PageLists,
+    *,
+    query_lengths: jax.Array,
+    scale: float,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    return_mass: bool,
+    programs: int = PROGRAMS,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """See `kvcompress_jax.kernels.decode_attention.decode_attention`.
+
+    Args:
+      programs: to split the work into.
+      interpret: run it in JAX on any device.
+    """
+    _refuse(q, pools, interpret=interpret)
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from kvcompress_jax.kernels.decode_attention.mosaic_body import Plan, attention_kernel, scratch
+
+    rows, queries, all_heads, dim = q.shape
+    codes, raw = pools.codes, pools.raw
+    heads, page_size = raw.shape[3:5]
+    n = queries * (all_heads // heads)
+    columns = -(-n // 8) * 8
+    half, fine_rows = dim // 2, codes.fine_rows
+    pages = max(lists.sealed.shape[1] + lists.raw.shape[1], 1)
+    plan = Plan(
+        page_size=page_size,
+        half=half,
+        fine_rows=fine_rows,
+        columns=columns,
+        splits=max(1, min(-(-programs // (rows * heads)), pages)),
+        heads=heads,
+        pages=codes.base.shape[1],
+        raw_pages=raw.shape[1],
+        scale=scale * math.log2(math.e),
+        cap=None if soft_cap is None else soft_cap * math.log2(math.e),
+        window=window is not None,
+        mass=return_mass,
+        sealed=bool(codes.base.shape[1] and lists.sealed.shape[1]),
+        exact=raw.dtype,
+        stages=_stages(2 * half * (page_size + fine_rows)),
+        raw_stages=_stages(64 * 2 * dim * raw.dtype.itemsize),
+        interpret=interpret,
+    )
+    tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, window=window, tile=columns)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    grouped = functools.partial(group_pages, page_size=page_size, oldest=tiled.oldest)
+    recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None)
+    inputs = {
+        "layer": layer,
+        "q": tiled.q,
+        "position": tiled.position,
+        "length": lists.length,
+        "span": tiled.span,
+        "raw": raw.reshape(-1, page_size, dim),
+        "raw_ids": recent.ids,
+        "raw_index": recent.index,
+        "raw_column": recent.column,
+        "raw_count": recent.counts[:, 1],
+    }
+    sinks = bool(pools.sinks.shape[1] and pools.sinks.shape[4])
+    if sinks:
+        inputs |= sinks_share(pools, lists, layer[0], tiled, scale=plan.scale, cap=plan.cap)
+    past = None
+    if plan.sealed:
+        fine_of = pools.fine_of[layer[0]] if fine_rows else None
+        past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
+        inputs |= {
+            "base_keys": codes.base.reshape(-1, page_size, half),
+            "base_values": codes.base.reshape(-1, half, page_size),
+            "key_step": codes.key_step.reshape(-1, dim),
+            "key_zero": codes.key_zero.reshape(-1, dim),
+            "value_step": codes.value_step.reshape(-1, page_size),
+            "value_zero": codes.value_zero.reshape(-1, page_size),
+            "ids": past.ids,
+            "column": past.column,
+            "counts": past.counts,
+        }
+        if sinks:
+            exact = (past.index == 0) & (lists.sink >= 0)[:, None]
+            inputs |= {"skip": jnp.where(exact, pools.sinks.shape[4], 0)}
+        if plan.window:
+            inputs |= {"order": codes.order.reshape(-1, page_size), "index": past.index}
+        if fine_rows:
+            inputs |= {
+                "fine_keys": codes.fine.reshape(-1, fine_rows, half),
+                "fine_values": codes.fine.reshape(-1, half, fine_rows),
+                "chunk": past.chunk,
+            }
+
+    outputs = {
+        "out": (rows, heads, plan.splits, dim, columns),
+        "lse": (rows, heads, plan.splits, columns),
+    }
+    if plan.mass:
+        sealed, recents = (max(x.shape[1], 1) for x in (lists.sealed, lists.raw))
+        outputs["page_lse"] = (rows, heads, sealed, columns)
+        outputs["logits"] = (rows, heads, recents, page_size, columns)
+    buffers = scratch(plan)
+    names = [*inputs, *outputs, *buffers]
+
+    def decode_attention(*refs):  # type: ignore[no-untyped-def]  # the kernel's name
+        attention_kernel(dict(zip(names, refs, strict=True)), plan)
+
+    results = plgpu.kernel(
+        decode_attention,
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs.values()],
+        scratch_types=list(buffers.values()),
+        grid=(plan.splits, heads, rows),
+        grid_names=("split", "head", "row"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*inputs.values())
+    return merge(
+        dict(zip(outputs, results, strict=True)),
+        q,
+        kv_heads=heads,
+        query_lengths=query_lengths,
+        past=past,
+        recent=recent,
+        columns=(lists.sealed.shape[1], lists.raw.shape[1]),
+    )
+
+
+def _stages(nbytes: int) -> int:
+    """Steps whose blocks fit in shared memory at a time."""
+    return min(max(PAGES_ROOM // nbytes, 1), MOST_STAGES)
+
+
+def _refuse(q: jax.Array, pools: AttentionPools, *, interpret: bool) -> None:
+    if jax.__version_info__[:2] < OLDEST_JAX:
+        oldest = ".".join(map(str, OLDEST_JAX))
+        raise NotImplementedError(f"jax: expected {oldest} or newer, got {jax.__version__}")
+    capability = None if interpret else _capability()
+    if capability is not None and capability < OLDEST_CAPABILITY:
+        found = "".join(map(str, capability))
+        raise NotImplementedError(f"device: expected sm_90 or newer, got sm_{found}")
+    heads, page_size, dim = pools.raw.shape[3:]
+    dtype = pools.raw.dtype
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"raw: expected bfloat16 or float16, got {dtype}")
+    if q.dtype != dtype:
+        raise NotImplementedError(f"q: expected {dtype} like the raw pages, got {q.dtype}")
+    if page_size not in PAGE_SIZES:
+        raise NotImplementedError(f"page_size: expected one of {PAGE_SIZES}, got {page_size}")
+    if dim not in MOST_COLUMNS:
+        raise NotImplementedError(f"dim: expected one of {tuple(MOST_COLUMNS)}, got {dim}")
+    rows = pools.codes.fine_rows
+    if rows not in FINE_ROWS:
+        raise NotImplementedError(f"fine_rows: expected one of {FINE_ROWS}, got {rows}")
+    columns = q.shape[1] * (q.shape[2] // heads)
+    if columns > MOST_COLUMNS[dim]:
+        raise NotImplementedError(
+            f"q: expected at most {MOST_COLUMNS[dim]} queries times query heads of a KV head"
+            f" where dim is {dim}, got {columns}"
+        )
+
+
+def _capability() -> tuple[int, int] | None:
+    """Of the device that is compiled for; None: it does not say."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if not hasattr(device, "compute_capability"):
+        device = jax.devices()[0]
+    if not hasattr(device, "compute_capability"):
+        return None
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
