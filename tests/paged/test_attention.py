@@ -24,7 +24,7 @@ _attend = jax.jit(
 
 def judge(batch, q, result, *, layer, query_lengths, scale, window=0, soft_cap=None):
     """Largest error of out, lse and mass, relative to the size of the values; infinite where
-    padding got something."""
+    padding got something, and NaN, which is never small enough, where there is any."""
     out, lse, mass = (jax.tree.map(np.asarray, x) for x in result)
     table, worst = batch.table(), 0.0
     heads = batch.cache.layout.kv_heads
@@ -44,11 +44,9 @@ def judge(batch, q, result, *, layer, query_lengths, scale, window=0, soft_cap=N
             window=window,
             soft_cap=soft_cap,
         )
-        worst = max(
-            worst,
-            np.abs(out[row, :n] - want_out).max() / np.abs(values).max(),
-            np.abs(lse[row, :n] - want_lse).max(),
-        )
+        # Of NumPy: Python's max() passes over NaN.
+        errors = [worst, np.abs(out[row, :n] - want_out).max() / np.abs(values).max()]
+        worst = np.max([*errors, np.abs(lse[row, :n] - want_lse).max()])
         if mass is None:
             continue
         per_token = weights.reshape(n, heads, -1, weights.shape[-1]).sum(axis=(0, 2))
@@ -56,13 +54,14 @@ def judge(batch, q, result, *, layer, query_lengths, scale, window=0, soft_cap=N
         for column in range(int(table.sealed_count[row])):
             here = (page == column) & (position >= sinks)
             got = mass.sealed[row, :, column]
-            worst = max(worst, np.abs(got - per_token[:, here].sum(1)).max() / n)
+            worst = np.maximum(worst, np.abs(got - per_token[:, here].sum(1)).max() / n)
         for column in range(int(table.raw_count[row])):
             here = page == table.sealed.shape[1] + column
             got = mass.raw[row, :, column]
             if got[:, here.sum() :].any():
                 return np.inf
-            worst = max(worst, np.abs(got[:, : here.sum()] - per_token[:, here]).max() / n)
+            error = np.abs(got[:, : here.sum()] - per_token[:, here]).max() / n
+            worst = np.maximum(worst, error)
     return worst
 
 
