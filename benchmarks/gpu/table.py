@@ -9,7 +9,7 @@ from benchmarks.gpu.report import CaseReport, KernelReport, from_json
 HEAD = """# What the GPU kernels compile to
 
 Made by `make gpu-gate GATE_ARGS=--write` on a machine without a GPU; `make gpu-gate` compiles again
-and fails when this page no longer holds; CI judges attention anew.
+and fails when this page no longer holds; CI judges pages of 64 tokens and heads of 128 anew.
 **Nothing here was timed.** Every case is compiled for the GPU it names, assembled and taken apart:
 
 - *registers*, *spilled*, *stack*, *shared*: of a thread, bytes of a thread, bytes of a block.
