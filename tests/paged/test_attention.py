@@ -220,7 +220,7 @@ def test_memory_is_bounded():
         (
             (1, 1, 4, 64),
             {"implementation": "cuda"},
-            r"implementation: expected one of \['triton', 'xla'\]",
+            r"implementation: expected one of \['mosaic_gpu', 'triton', 'xla'\]",
         ),
     ],
 )
