@@ -5,20 +5,33 @@ group, `planes` codes values against it, `packing` puts two codes in a byte, `fi
 cannot be coded.
 """
 
-from kvcompress_jax.codec.finite import NonFiniteError, check_finite
-from kvcompress_jax.codec.packing import pack, unpack
-from kvcompress_jax.codec.planes import decode, encode, reconstruct, refine
+from kvcompress_jax.codec.finite import NonFiniteError, all_finite, check_finite
+from kvcompress_jax.codec.packing import pack, pack_high, pack_low, unpack, unpack_both
+from kvcompress_jax.codec.planes import (
+    decode,
+    encode,
+    encode_bytes,
+    reconstruct,
+    refine,
+    refined_position,
+)
 from kvcompress_jax.codec.scale import Scale, fit_scale
 
 __all__ = [
     "NonFiniteError",
     "Scale",
+    "all_finite",
     "check_finite",
     "decode",
     "encode",
+    "encode_bytes",
     "fit_scale",
     "pack",
+    "pack_high",
+    "pack_low",
     "reconstruct",
     "refine",
+    "refined_position",
     "unpack",
+    "unpack_both",
 ]

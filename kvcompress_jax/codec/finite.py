@@ -3,10 +3,24 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 class NonFiniteError(ValueError):
     """Keys or values hold an infinity or a NaN, and so have no code."""
+
+
+def all_finite(x: jax.Array) -> jax.Array:
+    """bool[]: whether no value of floating [..., n, m] is an infinity or a NaN.
+
+    Their exponent is all ones, and no other's is. XLA finds the greatest integer on CPUs several
+    times as fast as it asks every value whether it is finite.
+    """
+    info = jnp.finfo(x.dtype)
+    integer = jnp.dtype(f"uint{info.bits}").type
+    exponent = integer(((1 << info.nexp) - 1) << info.nmant)
+    found = lax.bitcast_convert_type(x, integer) & exponent
+    return jnp.all(jnp.max(found, axis=-2) < exponent)
 
 
 def check_finite(name: str, pages: jax.Array, *, layer: int, first_page: int = 0) -> None:

@@ -20,6 +20,25 @@ def pack(codes: jax.Array) -> jax.Array:
     return low | (high << jnp.uint8(4))
 
 
+def pack_low(codes: jax.Array) -> jax.Array:
+    """Like `pack`, of the low nibbles of any bytes."""
+    low, high = jnp.split(codes, 2, axis=-1)
+    return (low & jnp.uint8(15)) | (high << jnp.uint8(4))
+
+
+def pack_high(codes: jax.Array) -> jax.Array:
+    """Like `pack`, of the high nibbles of any bytes."""
+    low, high = jnp.split(codes, 2, axis=-1)
+    return (low >> jnp.uint8(4)) | (high & jnp.uint8(0xF0))
+
+
 def unpack(packed: jax.Array) -> jax.Array:
     """u8[..., dim/2] to u8[..., dim] with values 0..15: the inverse of `pack`."""
     return jnp.concatenate([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=-1)
+
+
+def unpack_both(base: jax.Array, fine: jax.Array) -> jax.Array:
+    """Packed rows of two planes, u8[..., dim/2], to u8[..., dim]: the bytes of `encode_bytes`."""
+    low = (base << jnp.uint8(4)) | (fine & jnp.uint8(15))
+    high = (base & jnp.uint8(0xF0)) | (fine >> jnp.uint8(4))
+    return jnp.concatenate([low, high], axis=-1)

@@ -33,18 +33,46 @@ def encode(x: jax.Array, scale: Scale, *, axis: int) -> tuple[jax.Array, jax.Arr
     Returns:
       base and fine, u8 of x's shape, values 0..15. Not packed.
     """
+    base, fine = _encode(x, scale, axis)
+    return base.astype(jnp.uint8), fine.astype(jnp.uint8)
+
+
+def encode_bytes(x: jax.Array, scale: Scale, *, axis: int) -> jax.Array:
+    """Like `encode`, both codes in one byte: base in the high nibble, fine in the low one.
+
+    What makes planes of these bytes reads memory, and computes no code a second time.
+    """
+    base, fine = _encode(x, scale, axis)
+    return (FINE_CELLS * base + fine).astype(jnp.uint8)  # exact; one conversion instead of two
+
+
+def _encode(x: jax.Array, scale: Scale, axis: int) -> tuple[jax.Array, jax.Array]:
     step = jnp.expand_dims(scale.step.astype(jnp.float32), axis)
     zero = jnp.expand_dims(scale.zero.astype(jnp.float32), axis)
     divisor = jnp.where(step > 0, step, 1.0)  # a group of zeros keeps code 0, not NaN
     position = x.astype(jnp.float32) / divisor - zero
     base = jnp.clip(jnp.floor(position + 0.5), 0, CODES - 1)
     fine = jnp.clip(jnp.floor(FINE_CELLS * (position - base)) + FINE_CELLS // 2, 0, FINE_CELLS - 1)
-    return base.astype(jnp.uint8), fine.astype(jnp.uint8)
+    return base, fine
 
 
 def refine(fine: jax.Array) -> jax.Array:
     """What a fine plane adds to the base codes, in steps: u8[...] 0..15 to f32[...]."""
     return (fine.astype(jnp.float32) - FINE_MIDDLE) / FINE_CELLS
+
+
+def refined_position(codes: jax.Array, refined: jax.Array) -> jax.Array:
+    """Positions in steps, to the bit those of `base + refine(fine)`, with one conversion for both.
+
+    Args:
+      codes: u8[...], as `encode_bytes` gives them.
+      refined: bool, broadcastable to codes: where it is False, the fine code must be 0 and means
+        nothing.
+
+    Returns:
+      f32[...].
+    """
+    return (codes.astype(jnp.float32) - jnp.where(refined, FINE_MIDDLE, 0.0)) / FINE_CELLS
 
 
 def reconstruct(position: jax.Array, scale: Scale, *, axis: int) -> jax.Array:

@@ -1,7 +1,8 @@
 """One page of tokens to its embedded code: scales, order, planes.
 
-In two steps, so that the small results of the first (`fit_page`) exist before the second
-(`code_page`) reads them many times over: XLA would else compute them again for every reader.
+In steps, so that the small results of the first (`fit_page`) exist before the second (`code_rows`)
+reads them many times over, and those of the second before the third (`lay_out`) moves them: XLA
+would else compute them again for every reader.
 """
 
 import dataclasses
@@ -9,7 +10,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.codec import Scale, decode, encode, fit_scale, pack
+from kvcompress_jax.codec import (
+    Scale,
+    decode,
+    encode,
+    encode_bytes,
+    fit_scale,
+    pack_high,
+    pack_low,
+)
 from kvcompress_jax.importance import (
     ImportanceRule,
     LearnedScore,
@@ -44,6 +53,20 @@ class PageFit:
     key_scale: Scale  # [heads, dim]
     value_scale: Scale  # [heads, page_size]
     worth: jax.Array | None  # f32[heads, page_size], how much each token deserves more bits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageRows:
+    """The codes of a page before they are laid out, in token order.
+
+    A byte holds a base code in its high nibble and, where the page has a fine plane, a fine code in
+    the low one.
+    """
+
+    keys: jax.Array  # u8[heads, page_size, dim]
+    values: jax.Array  # u8[heads, page_size, dim]
+    order: jax.Array  # i32[heads, page_size], the token of each slot
 
 
 # Where the heads are in the arguments of `fit_page`, with layers before them.
@@ -132,28 +155,51 @@ def fit_page(
 def code_page(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: int) -> PageCode:
     """The code of a page against its fit; arguments as in `encode_page`. `fit.worth` must be in
     memory: see `order_tokens`."""
-    key_base, key_fine = encode(keys, fit.key_scale, axis=-2)
-    value_base, value_fine = encode(values, fit.value_scale, axis=-1)
-    base = pack(key_base), pack(value_base)
-    fine = pack(key_fine), pack(value_fine)
-    value_scale = fit.value_scale
+    return lay_out(code_rows(keys, values, fit, fine_rows=fine_rows), fit, fine_rows=fine_rows)
+
+
+def code_rows(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: int) -> PageRows:
+    """The first half of `code_page`: all that is computed with numbers."""
+
+    def encoded(x: jax.Array, scale: Scale, axis: int) -> jax.Array:
+        if fine_rows:
+            return encode_bytes(x, scale, axis=axis)
+        return encode(x, scale, axis=axis)[0] << jnp.uint8(4)
+
     if fit.worth is None:  # no token has more bits than another, so that order says nothing
         order = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape[:2])
-        fine = fine[0][:, :fine_rows], fine[1][:, :fine_rows]
     else:
         order = order_tokens(fit.worth.T).T
-        refined = order[:, :fine_rows]
-        base = _take(base[0], order), _take(base[1], order)
+    return PageRows(
+        keys=encoded(keys, fit.key_scale, -2),
+        values=encoded(values, fit.value_scale, -1),
+        order=order,
+    )
+
+
+def lay_out(rows: PageRows, fit: PageFit, *, fine_rows: int) -> PageCode:
+    """The second half of `code_page`: all that moves bytes.
+
+    It is much faster as a program of its own, or behind a condition, than fused with the first:
+    every byte would be computed alone, where it is stored, with the arithmetic of its two numbers.
+    """
+    base, fine = (rows.keys, rows.values), (rows.keys, rows.values)
+    value_scale = fit.value_scale
+    if fit.worth is None:
+        fine = fine[0][:, :fine_rows], fine[1][:, :fine_rows]
+    else:
+        refined = rows.order[:, :fine_rows]
+        base = _take(base[0], rows.order), _take(base[1], rows.order)
         fine = _take(fine[0], refined), _take(fine[1], refined)
         value_scale = Scale(
-            step=_take(value_scale.step, order), zero=_take(value_scale.zero, order)
+            step=_take(value_scale.step, rows.order), zero=_take(value_scale.zero, rows.order)
         )
     return PageCode(
-        base=join_planes(*base),
-        fine=join_planes(*fine),
+        base=join_planes(pack_high(base[0]), pack_high(base[1])),
+        fine=join_planes(pack_low(fine[0]), pack_low(fine[1])),
         key_scale=fit.key_scale,
         value_scale=value_scale,
-        order=order.astype(jnp.uint8),
+        order=rows.order.astype(jnp.uint8),
     )
 
 

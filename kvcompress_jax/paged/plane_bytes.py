@@ -35,9 +35,15 @@ def unpack_planes(plane: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       keys and values, u8[..., heads, rows, dim], 0..15.
     """
+    keys, values = split_planes(plane, dim)
+    return unpack(keys), unpack(values)
+
+
+def split_planes(plane: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
+    """A plane to packed rows, u8[..., heads, rows, dim/2] each: the inverse of `join_planes`."""
     *lead, size = plane.shape
     half = dim // 2
     rows = size // half
     keys = plane[..., 0, :, :].reshape(*lead[:-2], lead[-1], rows, half)
     values = plane[..., 1, :, :].reshape(*lead[:-2], lead[-1], half, rows)
-    return unpack(keys), unpack(values.swapaxes(-1, -2))
+    return keys, values.swapaxes(-1, -2)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.calibrated import CalibratedCode, RowLayout, decode_rows
-from kvcompress_jax.codec import Scale, reconstruct, refine
+from kvcompress_jax.codec import Scale, reconstruct, refined_position, unpack, unpack_both
 from kvcompress_jax.paged.cache import PagedCache
-from kvcompress_jax.paged.plane_bytes import unpack_planes
+from kvcompress_jax.paged.plane_bytes import split_planes
 
 
 def decode_pages(
@@ -31,11 +31,12 @@ def decode_pages(
         return _decode_row_pages(cache, cache.code.at(layer), layout.rows, layer, ids, live)
     key_scale = _scale_of(cache.key_scale, layer, ids, live)
     value_scale = _scale_of(cache.value_scale, layer, ids, live)
-    codes = unpack_planes(cache.base[layer, ids], layout.head_dim)
-    keys, values = (x.astype(jnp.float32) for x in codes)
+    packed = split_planes(cache.base[layer, ids], layout.head_dim)
     if layout.fine_rows and cache.fine.shape[0]:
-        key_fine, value_fine = _refinement(cache, layer, ids, live)
-        keys, values = _add_rows(keys, key_fine), _add_rows(values, value_fine)
+        fine, has = _fine_rows(cache, layer, ids, live)
+        keys, values = (_positions(x, y, has) for x, y in zip(packed, fine, strict=True))
+    else:
+        keys, values = (unpack(x).astype(jnp.float32) for x in packed)
     return reconstruct(keys, key_scale, axis=-2), reconstruct(values, value_scale, axis=-1)
 
 
@@ -95,18 +96,20 @@ def _scale_of(
     )
 
 
-def _refinement(
+def _fine_rows(
     cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """What the fine planes add to the codes of keys and values: f32[..., heads, fine_rows, dim]."""
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Packed fine rows of keys and of values, u8[..., heads, fine_rows, dim/2], 0 in pages without;
+    and bool[..., 1, 1, 1], which pages have some."""
     chunk = cache.fine_of[layer, ids]
     has = chunk >= 0 if live is None else live & (chunk >= 0)
-    fine = unpack_planes(cache.fine[jnp.where(has, chunk, 0)], cache.layout.head_dim)
-    keys, values = (jnp.where(has[..., None, None, None], refine(x), 0.0) for x in fine)
-    return keys, values
+    fine = cache.fine[jnp.where(has, chunk, 0)]
+    has = has[..., None, None, None]
+    return split_planes(jnp.where(has, fine, jnp.uint8(0)), cache.layout.head_dim), has
 
 
-def _add_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """x[..., n, dim] with [..., m, dim] added to its first m rows."""
-    first, rest = jnp.split(x, [rows.shape[-2]], axis=-2)
-    return jnp.concatenate([first + rows, rest], axis=-2)
+def _positions(base: jax.Array, fine: jax.Array, has: jax.Array) -> jax.Array:
+    """In steps, f32[..., heads, page_size, dim], of packed rows, the first of which are refined."""
+    first, rest = jnp.split(base, [fine.shape[-2]], axis=-2)
+    refined = refined_position(unpack_both(first, fine), has)
+    return jnp.concatenate([refined, unpack(rest).astype(jnp.float32)], axis=-2)

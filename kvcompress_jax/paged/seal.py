@@ -2,21 +2,34 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kvcompress_jax.calibrated.code import LARGEST
+from kvcompress_jax.codec import all_finite
 from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.heads import head_by_head, on_all_heads
-from kvcompress_jax.paged.page_code import FIT_AXES, PageCode, PageFit, code_page, fit_page
+from kvcompress_jax.paged.page_code import (
+    FIT_AXES,
+    PageCode,
+    PageFit,
+    PageRows,
+    code_rows,
+    fit_page,
+    lay_out,
+)
 from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.seal_rows import seal_rows
 from kvcompress_jax.paged.seal_triton import seal_triton
 from kvcompress_jax.paged.sealing import Sealing
 from kvcompress_jax.paged.telemetry import keep_shadow
+
+_Tree = TypeVar("_Tree")
 
 
 def seal(cache: PagedCache, sealing: Sealing, *, implementation: str | None = None) -> PagedCache:
@@ -51,12 +64,9 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
         functools.partial(fit_page, rule=layout.importance, fine_rows=fine_rows),
         in_axes=(0, 0, 0, 0, None, 0),
     )
-    code_layers = jax.vmap(lambda kv, fit: code_page(kv[0], kv[1], fit, fine_rows=fine_rows))
+    code_layers = jax.vmap(functools.partial(code_rows, fine_rows=fine_rows))
+    lay_out_layers = jax.vmap(functools.partial(lay_out, fine_rows=fine_rows))
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
-
-    def no_code(kv: jax.Array, fit: PageFit) -> PageCode:
-        like = jax.eval_shape(code_layers, kv, fit)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
         # Tied to i: what does not depend on it leaves the loop, and would be a copy of the pool.
@@ -85,25 +95,30 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
                 page=sealing.page[i],
             )
         else:
+
+            def read(pool: jax.Array, raw: jax.Array = raw) -> list[jax.Array]:
+                halves = (from_pool(bits(pool)[:, raw, j], layout.jax_dtype) for j in (0, 1))
+                return [x.astype(jnp.float32) for x in halves]  # bfloat16 is slower on CPUs
+
+            finite = on_all_heads(cache.split, all_finite(kv))
+            keys, values = _in_memory(finite, read, pool)
             fit = head_by_head(
                 cache.split,
                 fit_layers,
-                *(kv[:, 0], kv[:, 1], mass, seen, exact, cache.learned),
+                *(keys, values, mass, seen, exact, cache.learned),
                 axes=FIT_AXES,
                 out_axis=1,
             )
-            # 0 times what is not finite is NaN; a sum is what XLA's fast reductions on CPUs can do.
-            sound = jnp.all(jnp.sum(kv.astype(jnp.float32) * 0.0, axis=(-2, -1)) == 0)
-            finite = on_all_heads(cache.split, sound)
-            # Two conditions, not one: XLA fuses nothing across their borders. The order of the
-            # tokens would else be computed again by all who read it, and the code by one thread as
-            # it is stored.
-            write = functools.partial(
-                _store_planes,
-                code=lax.cond(finite, code_layers, no_code, kv, fit),
-                page=sealing.page[i],
-                chunks=sealing.chunks[i],
-            )
+            rows = _in_memory(finite, code_layers, keys, values, fit)
+
+            def write(
+                cache: PagedCache, rows: PageRows = rows, fit: PageFit = fit, i: jax.Array = i
+            ) -> PagedCache:
+                code = lay_out_layers(rows, fit)
+                return _store_planes(
+                    cache, code=code, page=sealing.page[i], chunks=sealing.chunks[i]
+                )
+
         cache = lax.cond(
             finite, lambda cache: _finish(write(cache), kv, sealing, i), lambda cache: cache, cache
         )
@@ -118,6 +133,20 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
         )
 
     return lax.fori_loop(0, sealing.count, body, cache)
+
+
+def _in_memory(needed: jax.Array, work: Callable[..., _Tree], *args: Any) -> _Tree:
+    """`work(*args)`, or zeros where it is not needed; in memory before anything reads it.
+
+    XLA fuses nothing across the borders of a condition. It would else read the raw page, compute
+    the order of the tokens, and find the code of a number, once more for everyone who wants it.
+    """
+
+    def nothing(*args: Any) -> _Tree:
+        like = jax.eval_shape(work, *args)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+    return lax.cond(needed, work, nothing, *args)
 
 
 def _store_planes(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvcompress_jax.codec import pack, unpack
+from kvcompress_jax.codec import pack, pack_high, pack_low, unpack, unpack_both
 
 
 @pytest.mark.parametrize("dim", [2, 64, 96, 128, 256])
@@ -32,3 +32,12 @@ def test_nibble_order():
 def test_refuses_what_it_cannot_pack(codes):
     with pytest.raises(ValueError, match=r"codes: expected uint8\[..., even\], got"):
         pack(codes)
+
+
+def test_both_nibbles_of_any_byte():
+    """What `pack_high` and `pack_low` take of bytes, `unpack_both` puts together again."""
+    every = jnp.arange(256, dtype=jnp.uint8).reshape(8, 32)
+    assert np.array_equal(pack_low(every), pack(every & jnp.uint8(15)))
+    assert np.array_equal(pack_high(every), pack(every >> jnp.uint8(4)))
+    assert np.array_equal(unpack_both(pack_high(every), pack_low(every)), every)
+    assert not np.array_equal(unpack_both(pack_low(every), pack_high(every)), every)

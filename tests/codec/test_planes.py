@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvcompress_jax.codec import Scale, decode, encode, fit_scale
+from kvcompress_jax.codec import (
+    Scale,
+    decode,
+    encode,
+    encode_bytes,
+    fit_scale,
+    refine,
+    refined_position,
+)
 
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
 HEAD_DIMS = [64, 96, 128, 256]
@@ -172,3 +180,24 @@ def test_the_base_plane_is_plain_int4_and_the_fine_plane_only_refines_it():
     assert np.array_equal(
         np.asarray(base)[clear], np.clip(np.floor(cell + 0.5), 0, 15).astype(np.uint8)[clear]
     )
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_byte_holds_both_codes(dtype, axis):
+    x = keys(64, dtype)
+    scale = fit_scale(x, axis=axis)
+    base, fine = encode(x, scale, axis=axis)
+    both = encode_bytes(x, scale, axis=axis)
+    assert np.array_equal(both, (base << jnp.uint8(4)) | fine)
+    assert not np.array_equal(both, (fine << jnp.uint8(4)) | base)
+
+
+def test_position_of_a_byte_is_that_of_its_codes_to_the_bit():
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    base, fine = codes >> jnp.uint8(4), codes & jnp.uint8(15)
+    wanted = base.astype(jnp.float32) + refine(fine)
+    assert np.array_equal(refined_position(codes, jnp.bool_(True)), wanted)
+    coarse = refined_position(base << jnp.uint8(4), jnp.bool_(False))
+    assert np.array_equal(coarse, base.astype(jnp.float32))
+    assert not np.array_equal(coarse, wanted)
