@@ -16,7 +16,6 @@ from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.heads import head_by_head, on_all_heads
 from kvcompress_jax.paged.page_code import (
     FIT_AXES,
-    PageCode,
     PageFit,
     PageRows,
     code_rows,
@@ -65,7 +64,6 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
         in_axes=(0, 0, 0, 0, None, 0),
     )
     code_layers = jax.vmap(functools.partial(code_rows, fine_rows=fine_rows))
-    lay_out_layers = jax.vmap(functools.partial(lay_out, fine_rows=fine_rows))
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
@@ -110,15 +108,14 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
                 out_axis=1,
             )
             rows = _in_memory(finite, code_layers, keys, values, fit)
-
-            def write(
-                cache: PagedCache, rows: PageRows = rows, fit: PageFit = fit, i: jax.Array = i
-            ) -> PagedCache:
-                code = lay_out_layers(rows, fit)
-                return _store_planes(
-                    cache, code=code, page=sealing.page[i], chunks=sealing.chunks[i]
-                )
-
+            write = functools.partial(
+                _store_planes,
+                rows=rows,
+                fit=fit,
+                fine_rows=fine_rows,
+                page=sealing.page[i],
+                chunks=sealing.chunks[i],
+            )
         cache = lax.cond(
             finite, lambda cache: _finish(write(cache), kv, sealing, i), lambda cache: cache, cache
         )
@@ -150,19 +147,28 @@ def _in_memory(needed: jax.Array, work: Callable[..., _Tree], *args: Any) -> _Tr
 
 
 def _store_planes(
-    cache: PagedCache, *, code: PageCode, page: jax.Array, chunks: jax.Array
+    cache: PagedCache,
+    *,
+    rows: PageRows,
+    fit: PageFit,
+    fine_rows: int,
+    page: jax.Array,
+    chunks: jax.Array,
 ) -> PagedCache:
-    """Writes one page's code.
+    """Lays out one page's code and writes it.
 
     Slices are updated, not scattered to: on JAX 0.10, XLA scatters bfloat16 on CPUs by way of a
     float32 copy of the whole pool.
 
     Args:
       cache: updated in place under donation.
-      code: of all layers.
+      rows: the codes of all layers.
+      fit: that they were coded against.
+      fine_rows: tokens of each head that the fine plane covers.
       page: i32[].
       chunks: i32[layers], -1 for layers that go to level 2.
     """
+    code = jax.vmap(functools.partial(lay_out, fine_rows=fine_rows))(rows, fit)
 
     def put(pool: jax.Array, x: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(pool, x[:, None], page, axis=1)
