@@ -20,6 +20,7 @@ from kvcompress_jax.paged import (
     init_cache,
     seal,
 )
+from kvcompress_jax.paged.raw_bits import bits
 
 PAGES = 16
 
@@ -79,7 +80,9 @@ def time_pages(
 def _decode_all(cache: PagedCache, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     def one_layer(layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys, values = decode_pages(cache, layer, jnp.arange(PAGES, dtype=jnp.int32))
-        return keys.astype(dtype), values.astype(dtype)
+        # As the raw pool would be written: JAX before 0.12 stacks bfloat16 by way of a float32 copy
+        # of the whole stack, once per layer.
+        return bits(keys.astype(dtype)), bits(values.astype(dtype))
 
     return jax.lax.map(one_layer, jnp.arange(cache.layout.layers, dtype=jnp.int32))
 
