@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvcompress_jax.lab.prefill import raw_pages
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.decoder import decode
 from kvcompress_jax.models.params import DecoderParams
@@ -57,18 +58,20 @@ def attention_output_error(attended: Attended, compressed: Runner, sequence: int
 
     Args:
       attended: what the uncompressed cache answered.
-      compressed: holds the context compressed.
-      sequence: of the context; it grows by the queries' tokens.
+      compressed: its runner; it has room for one more sequence.
+      sequence: holds the context compressed.
     """
+    fork = compressed.manager.fork(sequence)
     compressed.advance()
-    slots = compressed.manager.append_slots(sequence, attended.q.shape[1])
+    slots = compressed.manager.append_slots(fork, attended.q.shape[1])
     errors, compressed.cache = _compare_layers(
         compressed.cache,
-        compressed.manager.table([sequence]),
+        compressed.manager.table([fork]),
         slots,
         attended,
         config=compressed.model.config,
     )
+    compressed.manager.free(fork)
     return float(jnp.mean(errors))
 
 
@@ -169,8 +172,7 @@ def cosines(
     count = int(table.sealed_count[0])
     if not count:
         return None
-    plain = reference.manager.table([sequences[0]])
-    in_order = plain.raw[0, np.argsort(plain.raw_index[0, : int(plain.raw_count[0])])]
+    in_order = raw_pages(reference, sequences[0])
     size = compressed.layout.page_size
     token = table.sealed_index[0, :count, None] * size + np.arange(size)
     sinks = compressed.layout.sink_tokens if table.sink[0] >= 0 else 0

@@ -1,6 +1,7 @@
 """One configuration on one model and text, beside the uncompressed model."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -8,7 +9,12 @@ import jax
 import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
-from kvcompress_jax.lab.cache_error import attend_uncompressed, attention_output_error, cosines
+from kvcompress_jax.lab.cache_error import (
+    Attended,
+    attend_uncompressed,
+    attention_output_error,
+    cosines,
+)
 from kvcompress_jax.lab.divergence import Divergence, divergence
 from kvcompress_jax.lab.prefill import Prefill, observing, put_prefill, take_prefill
 from kvcompress_jax.lab.retrieval import Facts, plant_facts, retrieval_accuracy
@@ -110,14 +116,12 @@ class Evaluator:
             self.facts = plant_facts(
                 model.tokenizer, every, context_tokens=context_tokens, facts=facts
             )
-        uncompressed = observing(wanted + len(self.continuation) + 2 * ERROR_TOKENS)
+        uncompressed = observing(self._room(self.context))
         progress("uncompressed: context")
         self.reference, self.sequence = self._read(uncompressed, self.context)
         self.prefill = self._prefill(self.reference, self.sequence)
         progress("uncompressed: continuation")
         self.logits = self._continue(self.reference, self.sequence)
-        tokens = self.continuation[:ERROR_TOKENS]
-        self.attended = attend_uncompressed(self.reference, self.sequence, tokens)
         progress("uncompressed: retrieval")
         self.recalled, self.facts_prefill = math.nan, None
         if self.facts is not None:
@@ -132,9 +136,7 @@ class Evaluator:
         stats = runner.manager.get_compression_stats()
         self.progress("cache error")
         similar = cosines(self.reference, runner, (self.sequence, sequence)) or (1.0, 1.0)
-        fork = runner.manager.fork(sequence)
-        error = attention_output_error(self.attended, runner, fork)
-        runner.manager.free(fork)
+        error = attention_output_error(self._attended, runner, sequence)
         self.progress("continuation")
         found = self._divergence(runner, sequence)
         self.progress("retrieval")
@@ -173,6 +175,16 @@ class Evaluator:
         self.progress("continuation")
         return self._divergence(runner, sequence), math.nan if bits is None else bits
 
+    @functools.cached_property
+    def _attended(self) -> Attended:
+        """Read when something is compared with it: `fidelity` needs none."""
+        tokens = self.continuation[:ERROR_TOKENS]
+        return attend_uncompressed(self.reference, self.sequence, tokens)
+
+    def _room(self, tokens: list[int]) -> int:
+        """Tokens that a cache for `tokens` and what is asked after them has to hold."""
+        return len(tokens) + 2 * len(self.continuation) + 2 * ERROR_TOKENS
+
     def _divergence(self, runner: Runner, sequence: int) -> Divergence:
         logits = self._continue(runner, sequence)
         targets = np.array(self.continuation[1:], np.int32)
@@ -186,7 +198,7 @@ class Evaluator:
         runner = make_runner(
             self.model,
             config,
-            tokens=len(tokens) + 2 * len(self.continuation) + 2 * ERROR_TOKENS,
+            tokens=self._room(tokens),
             max_sequences=2,
             chunk_tokens=self.chunk_tokens,
             kv_dtype=self.kv_dtype,

@@ -37,9 +37,7 @@ def observing(tokens: int) -> CompressionConfig:
 def take_prefill(runner: Runner, sequence: int) -> Prefill:
     """What a runner of an `observing` configuration holds of a sequence."""
     tokens = runner.manager.length(sequence)
-    table = runner.manager.table([sequence])
-    order = np.argsort(table.raw_index[0, : int(table.raw_count[0])])
-    pages = np.asarray(table.raw[0, order])
+    pages = raw_pages(runner, sequence)
 
     def in_order(pool: jax.Array, page_axis: int) -> np.ndarray:
         """[layers, pages, ..., page_size, ...] to [layers, tokens, ...]."""
@@ -53,6 +51,12 @@ def take_prefill(runner: Runner, sequence: int) -> Prefill:
         mass=in_order(runner.cache.mass, 3),
         seen=in_order(runner.cache.seen, 2),
     )
+
+
+def raw_pages(runner: Runner, sequence: int) -> np.ndarray:
+    """i32[pages], the raw pages of a sequence in the order of its tokens."""
+    table = runner.manager.table([sequence])
+    return table.raw[0, np.argsort(table.raw_index[0, : int(table.raw_count[0])])]
 
 
 def put_prefill(runner: Runner, prefill: Prefill) -> int:
