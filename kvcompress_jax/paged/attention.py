@@ -1,13 +1,14 @@
 """Attention over the paged cache: the public operation and its contract."""
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.kernels.dispatch import dispatch
-from kvcompress_jax.paged.attention_kernels import attend_mosaic, attend_triton
+from kvcompress_jax.paged.attention_kernels import attend_kernels
 from kvcompress_jax.paged.attention_xla import attend_xla
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.table import PageTable
@@ -43,8 +44,8 @@ class Implementation(Protocol):
 
 # The first that can is taken. Which one runs, `dispatch` decides.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "triton": attend_triton,
-    "mosaic_gpu": attend_mosaic,
+    "triton": functools.partial(attend_kernels, implementation="triton"),
+    "mosaic_gpu": functools.partial(attend_kernels, implementation="mosaic_gpu"),
     "xla": attend_xla,
 }
 

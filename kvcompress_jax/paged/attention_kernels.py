@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from kvcompress_jax.kernels.decode_attention import AttentionPools, PageLists, decode_attention
 from kvcompress_jax.kernels.pools import CodePools
 from kvcompress_jax.kernels.prefill_attention import prefill_attention
+from kvcompress_jax.kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_IMPLEMENTATIONS
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.table import PageTable
 
 DECODE_QUERIES = 16  # queries x query heads of a KV head, at most, that make a step a decode step
 
 
-def attend_triton(
+def attend_kernels(
     q: jax.Array,
     cache: PagedCache,
     layer: jax.Array | int,
@@ -25,15 +26,20 @@ def attend_triton(
     window: jax.Array | int | None,
     soft_cap: float | None,
     return_mass: bool,
+    implementation: str,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
     """See `kvcompress_jax.paged.attention.attend`.
+
+    `implementation`: of the kernels. One that only decodes is asked for other steps all the same,
+    and says what it refuses.
 
     Raises:
       NotImplementedError: a cache that the kernels do not read, see `kernel_inputs` and theirs.
     """
     pools, lists = kernel_inputs(cache, table)
     queries = q.shape[1] * q.shape[2] // cache.layout.kv_heads
-    op = decode_attention if queries <= DECODE_QUERIES else prefill_attention
+    wide = queries > DECODE_QUERIES and implementation in PREFILL_IMPLEMENTATIONS
+    op = prefill_attention if wide else decode_attention
     return op(
         q,
         pools,
@@ -44,40 +50,7 @@ def attend_triton(
         window=window,
         soft_cap=soft_cap,
         return_mass=return_mass,
-        implementation="triton",
-    )
-
-
-def attend_mosaic(
-    q: jax.Array,
-    cache: PagedCache,
-    layer: jax.Array | int,
-    table: PageTable,
-    *,
-    query_lengths: jax.Array,
-    scale: float,
-    window: jax.Array | int | None,
-    soft_cap: float | None,
-    return_mass: bool,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """See `kvcompress_jax.paged.attention.attend`.
-
-    Raises:
-      NotImplementedError: a step that is no decode step, JAX before 0.12, a device before sm_90,
-        or a cache that the kernel does not read.
-    """
-    pools, lists = kernel_inputs(cache, table)
-    return decode_attention(
-        q,
-        pools,
-        layer,
-        lists,
-        query_lengths=query_lengths,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        return_mass=return_mass,
-        implementation="mosaic_gpu",
+        implementation=implementation,
     )
 
 
