@@ -62,7 +62,9 @@ def main() -> int:
     except DeviceError as e:
         print(e, file=sys.stderr)
         return 2
-    cases = [case for case in all_cases() if case.example and case.reference and runs(case)]
+    cases = [
+        case for case in all_cases() if case.example and case.reference and runs(console, case)
+    ]
     if check_cases(console, cases) | check_attention(console):
         return 1
     copied = copy_bandwidth()
@@ -82,13 +84,13 @@ def main() -> int:
     return 0
 
 
-def runs(case: Case) -> bool:
+def runs(console: Console, case: Case) -> bool:
     """Whether the kernel takes the case on this device and JAX; says so if it does not."""
     function, arguments = case.build()
     try:
         jax.eval_shape(function, *arguments)
     except NotImplementedError as e:
-        print(f"refused {case.name}: {e}")
+        console.print(f"refused {case.name}: {e}")
         return False
     return True
 
