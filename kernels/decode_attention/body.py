@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kvcompress_jax.kernels.decode_attention.inputs import LIFT, MASKED
 from kvcompress_jax.kernels.decode_attention.unpack import (
     ABSENT_FINE_OFFSET,
     FINE_OFFSET,
@@ -31,9 +32,6 @@ from kvcompress_jax.kernels.decode_attention.unpack import (
     unpack_fine,
 )
 
-MASKED = -1e30  # finite: the difference of two of them is 0, not NaN
-# Weights are up to 2**6, not 1: with value steps of 1e-4 they stay normal float16 numbers.
-LIFT = 6.0
 SINK_ROWS = 16  # the fewest rows of a tensor-core product
 
 Refs = Mapping[str, Any]

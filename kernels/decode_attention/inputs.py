@@ -7,6 +7,10 @@ import jax.numpy as jnp
 
 from kvcompress_jax.kernels.pools import CodePools
 
+MASKED = -1e30  # a logit; finite: the difference of two of them is 0, not NaN
+# Weights are up to 2**6, not 1: with value steps of 1e-4 they stay normal float16 numbers.
+LIFT = 6.0
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,15 @@ class PageLists:
     raw_count: jax.Array  # i32[sequences]
     sink: jax.Array  # i32[sequences]
     length: jax.Array  # i32[sequences], tokens, those of the queries included
+
+
+def refuse_dtypes(q: jax.Array, pools: AttentionPools) -> None:
+    """Raises NotImplementedError for numbers that no kernel multiplies."""
+    dtype = pools.raw.dtype
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"raw: expected bfloat16 or float16, got {dtype}")
+    if q.dtype != dtype:
+        raise NotImplementedError(f"q: expected {dtype} like the raw pages, got {q.dtype}")
 
 
 @dataclasses.dataclass(frozen=True)

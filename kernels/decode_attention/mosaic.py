@@ -4,7 +4,6 @@ For decoding on sm_90 and newer, from jax 0.12 on: earlier ones have no `mma` th
 the one place that knows; it imports nothing of Mosaic until it is called.
 """
 
-import functools
 import math
 
 import jax
@@ -13,10 +12,10 @@ import jax.numpy as jnp
 from kvcompress_jax.kernels.decode_attention.inputs import (
     AttentionPools,
     PageLists,
-    group_pages,
+    refuse_dtypes,
 )
 from kvcompress_jax.kernels.decode_attention.merge import merge
-from kvcompress_jax.kernels.decode_attention.queries import tile_queries
+from kvcompress_jax.kernels.decode_attention.queries import list_pages, tile_queries
 from kvcompress_jax.kernels.decode_attention.sinks import sinks_share
 
 OLDEST_JAX = (0, 12)
@@ -82,28 +81,12 @@ def attention_mosaic(
         interpret=interpret,
     )
     tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, window=window, tile=columns)
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    grouped = functools.partial(group_pages, page_size=page_size, oldest=tiled.oldest)
-    recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None)
-    inputs = {
-        "layer": layer,
-        "q": tiled.q,
-        "position": tiled.position,
-        "length": lists.length,
-        "span": tiled.span,
-        "raw": raw.reshape(-1, page_size, dim),
-        "raw_ids": recent.ids,
-        "raw_index": recent.index,
-        "raw_column": recent.column,
-        "raw_count": recent.counts[:, 1],
-    }
-    sinks = bool(pools.sinks.shape[1] and pools.sinks.shape[4])
-    if sinks:
-        inputs |= sinks_share(pools, lists, layer[0], tiled, scale=plan.scale, cap=plan.cap)
-    past = None
+    sink_tokens = pools.sinks.shape[4] if pools.sinks.shape[1] else 0
+    listed = list_pages(pools, lists, layer, tiled, sealed=plan.sealed, skipped=sink_tokens)
+    inputs = listed.arrays | {"raw": raw.reshape(-1, page_size, dim)}
+    if sink_tokens:
+        inputs |= sinks_share(pools, lists, layer, tiled, scale=plan.scale, cap=plan.cap)
     if plan.sealed:
-        fine_of = pools.fine_of[layer[0]] if fine_rows else None
-        past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
         inputs |= {
             "base_keys": codes.base.reshape(-1, page_size, half),
             "base_values": codes.base.reshape(-1, half, page_size),
@@ -111,20 +94,13 @@ def attention_mosaic(
             "key_zero": codes.key_zero.reshape(-1, dim),
             "value_step": codes.value_step.reshape(-1, page_size),
             "value_zero": codes.value_zero.reshape(-1, page_size),
-            "ids": past.ids,
-            "column": past.column,
-            "counts": past.counts,
         }
-        if sinks:
-            exact = (past.index == 0) & (lists.sink >= 0)[:, None]
-            inputs |= {"skip": jnp.where(exact, pools.sinks.shape[4], 0)}
         if plan.window:
-            inputs |= {"order": codes.order.reshape(-1, page_size), "index": past.index}
+            inputs |= {"order": codes.order.reshape(-1, page_size)}
         if fine_rows:
             inputs |= {
                 "fine_keys": codes.fine.reshape(-1, fine_rows, half),
                 "fine_values": codes.fine.reshape(-1, half, fine_rows),
-                "chunk": past.chunk,
             }
 
     outputs = {
@@ -155,8 +131,8 @@ def attention_mosaic(
         q,
         kv_heads=heads,
         query_lengths=query_lengths,
-        past=past,
-        recent=recent,
+        past=listed.past,
+        recent=listed.recent,
         columns=(lists.sealed.shape[1], lists.raw.shape[1]),
     )
 
@@ -175,11 +151,7 @@ def _refuse(q: jax.Array, pools: AttentionPools, *, interpret: bool) -> None:
         found = "".join(map(str, capability))
         raise NotImplementedError(f"device: expected sm_90 or newer, got sm_{found}")
     heads, page_size, dim = pools.raw.shape[3:]
-    dtype = pools.raw.dtype
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"raw: expected bfloat16 or float16, got {dtype}")
-    if q.dtype != dtype:
-        raise NotImplementedError(f"q: expected {dtype} like the raw pages, got {q.dtype}")
+    refuse_dtypes(q, pools)
     if page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size: expected one of {PAGE_SIZES}, got {page_size}")
     if dim not in MOST_COLUMNS:

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kvcompress_jax.kernels.decode_attention.inputs import LIFT, MASKED
 from kvcompress_jax.kernels.decode_attention.mosaic_tiles import (
     along_columns,
     block,
@@ -36,9 +37,6 @@ from kvcompress_jax.kernels.decode_attention.mosaic_tiles import (
     zeros,
 )
 
-MASKED = -1e30  # finite: the difference of two of them is 0, not NaN
-# Weights are up to 2**6, not 1: with value steps of 1e-4 they stay normal float16 numbers.
-LIFT = 6.0
 ROWS = 64  # tokens or channels of the smallest product: four warps of 16 each
 FINE_MIDDLE = 7.5 / 16  # what refined codes are above the position, see `kernels.embedded`
 

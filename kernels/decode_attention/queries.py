@@ -1,11 +1,17 @@
-"""Queries, laid out for kernels: the query heads of a KV head side by side, in tiles."""
+"""Queries and lists of pages, laid out for kernels: what all of them take alike."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.kernels.decode_attention.inputs import PageLists
+from kvcompress_jax.kernels.decode_attention.inputs import (
+    AttentionPools,
+    Groups,
+    PageLists,
+    group_pages,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +51,59 @@ def tile_queries(
         span = jnp.asarray(window, jnp.int32).reshape(1)
         oldest = jnp.where(span > 0, first_query - span + 1, 0)
     return Tiled(packed, position, span, oldest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """Arrays that kernels take by name, and pages in the order in which they are read."""
+
+    arrays: dict[str, jax.Array]
+    past: Groups | None  # sealed pages; None: there are none
+    recent: Groups  # raw pages
+
+
+def list_pages(
+    pools: AttentionPools,
+    lists: PageLists,
+    layer: jax.Array | int,
+    tiled: Tiled,
+    *,
+    sealed: bool,
+    skipped: int,
+) -> Listed:
+    """What says where a kernel reads.
+
+    Args:
+      pools, lists, layer: of `decode_attention`.
+      tiled: the queries.
+      sealed: whether there are sealed pages at all.
+      skipped: first tokens of a sequence that are kept exactly elsewhere.
+    """
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    page_size = pools.raw.shape[4]
+    grouped = functools.partial(group_pages, page_size=page_size, oldest=tiled.oldest)
+    recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None)
+    arrays = {
+        "layer": layer,
+        "q": tiled.q,
+        "position": tiled.position,
+        "length": lists.length,
+        "span": tiled.span,
+        "raw_ids": recent.ids,
+        "raw_index": recent.index,
+        "raw_column": recent.column,
+        "raw_count": recent.counts[:, 1],
+    }
+    if not sealed:
+        return Listed(arrays, None, recent)
+    fine_of = pools.fine_of[layer[0]] if pools.codes.fine_rows else None
+    past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
+    arrays |= {"ids": past.ids, "column": past.column, "counts": past.counts}
+    if skipped:
+        exact = (past.index == 0) & (lists.sink >= 0)[:, None]
+        arrays |= {"skip": jnp.where(exact, skipped, 0)}
+    if tiled.oldest is not None:
+        arrays |= {"index": past.index}
+    if fine_of is not None:
+        arrays |= {"chunk": past.chunk}
+    return Listed(arrays, past, recent)

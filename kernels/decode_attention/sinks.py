@@ -3,16 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.kernels.decode_attention.inputs import AttentionPools, PageLists
+from kvcompress_jax.kernels.decode_attention.inputs import MASKED, AttentionPools, PageLists
 from kvcompress_jax.kernels.decode_attention.queries import Tiled
-
-MASKED = -1e30
 
 
 def sinks_share(
     pools: AttentionPools,
     lists: PageLists,
-    layer: jax.Array,
+    layer: jax.Array | int,
     tiled: Tiled,
     *,
     scale: float,

@@ -1,6 +1,5 @@
 """Attention on Pallas's Triton route: what `body.py` needs, laid out, and its launch."""
 
-import functools
 import math
 
 import jax
@@ -12,10 +11,10 @@ from kvcompress_jax.kernels.decode_attention.body import SINK_ROWS, Plan, attent
 from kvcompress_jax.kernels.decode_attention.inputs import (
     AttentionPools,
     PageLists,
-    group_pages,
+    refuse_dtypes,
 )
 from kvcompress_jax.kernels.decode_attention.merge import merge
-from kvcompress_jax.kernels.decode_attention.queries import tile_queries
+from kvcompress_jax.kernels.decode_attention.queries import list_pages, tile_queries
 from kvcompress_jax.kernels.pools import check_addressable
 from kvcompress_jax.kernels.tuning import Tuning, find_tuning
 
@@ -73,44 +72,22 @@ def attention_triton(
     )
 
     tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, window=window, tile=tile)
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    grouped = functools.partial(group_pages, page_size=page_size, oldest=tiled.oldest)
-    recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None)
-    inputs = {
-        "layer": layer,
-        "q": tiled.q,
-        "position": tiled.position,
-        "length": lists.length,
-        "span": tiled.span,
-        "raw": raw,
-        "raw_ids": recent.ids,
-        "raw_index": recent.index,
-        "raw_column": recent.column,
-        "raw_count": recent.counts[:, 1],
-    }
+    listed = list_pages(pools, lists, layer, tiled, sealed=plan.sealed, skipped=plan.sink_tokens)
+    inputs = listed.arrays | {"raw": raw}
     if plan.sink_tokens:
         inputs |= {"sinks": pools.sinks, "sink": lists.sink}
-    past = None
     if plan.sealed:
-        fine_of = pools.fine_of[layer[0]] if plan.fine_rows else None
-        past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
         inputs |= {
             "base": codes.base,
             "key_step": codes.key_step,
             "key_zero": codes.key_zero,
             "value_step": codes.value_step,
             "value_zero": codes.value_zero,
-            "ids": past.ids,
-            "column": past.column,
-            "counts": past.counts,
         }
-        if plan.sink_tokens:
-            exact = (past.index == 0) & (lists.sink >= 0)[:, None]
-            inputs |= {"skip": jnp.where(exact, plan.sink_tokens, 0)}
         if plan.window:
-            inputs |= {"order": codes.order, "index": past.index}
+            inputs |= {"order": codes.order}
         if plan.fine_rows:
-            inputs |= {"fine": codes.fine, "chunk": past.chunk}
+            inputs |= {"fine": codes.fine}
     check_addressable(**inputs)
 
     width = tiles * tile
@@ -146,18 +123,14 @@ def attention_triton(
         q,
         kv_heads=heads,
         query_lengths=query_lengths,
-        past=past,
-        recent=recent,
+        past=listed.past,
+        recent=listed.recent,
         columns=(lists.sealed.shape[1], lists.raw.shape[1]),
     )
 
 
 def _refuse(q: jax.Array, pools: AttentionPools, dim: int) -> None:
-    dtype = pools.raw.dtype
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"raw: expected bfloat16 or float16, got {dtype}")
-    if q.dtype != dtype:
-        raise NotImplementedError(f"q: expected {dtype} like the raw pages, got {q.dtype}")
+    refuse_dtypes(q, pools)
     if dim % 32:
         raise NotImplementedError(f"dim: expected a multiple of 32, got {dim}")
     if pools.sinks.shape[1] and pools.sinks.shape[4] > SINK_ROWS:

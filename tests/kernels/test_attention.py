@@ -47,6 +47,24 @@ def run(batch, q, query_lengths, scale, *, kernel, **options):
     return out, lse, AttentionMass(*mass)
 
 
+def check_kernels(case, kernels, *, pages):
+    """Judges kernels on two sequences, the longer one of nearly so many pages."""
+    page_size, dim, group, queries, dtype, ratio, options = case
+    config = CompressionConfig(page_size=page_size, window_tokens=page_size, ratio=ratio)
+    batch = make_batch(config, [5, pages * page_size - 3], head_dim=dim, dtype=dtype)
+    q = jax.random.normal(jax.random.key(7), (2, queries, 2 * group, dim), jnp.float32)
+    q = q.astype(jnp.dtype(dtype))
+    lengths, scale = [1, queries], dim**-0.5 / 4  # the outlier channel makes large logits
+    judged = {"layer": 1, "query_lengths": lengths, "scale": scale} | options
+    for kernel in kernels:
+        result = run(batch, q, lengths, scale, kernel=kernel, **options)
+        assert result[0].dtype == q.dtype
+        assert judge(batch, q, result, **judged) <= ROUNDING[dtype]
+        # Another layer, another scale, or another window is not the same.
+        for other in ({"layer": 0}, {"scale": scale * 1.1}, {"window": 7}):
+            assert judge(batch, q, result, **(judged | other)) > 2 * ROUNDING[dtype]
+
+
 SLOW = ("all-refined", "one-head", "sixteen-heads")
 
 
@@ -58,21 +76,8 @@ SLOW = ("all-refined", "one-head", "sixteen-heads")
     ],
 )
 def test_kernel_and_reference(case):
-    page_size, dim, group, queries, dtype, ratio, options = case
-    config = CompressionConfig(page_size=page_size, window_tokens=page_size, ratio=ratio)
-    batch = make_batch(config, [5, 9 * page_size - 3], head_dim=dim, dtype=dtype)
-    q = jax.random.normal(jax.random.key(7), (2, queries, 2 * group, dim), jnp.float32)
-    q = q.astype(jnp.dtype(dtype))
-    lengths, scale = [1, queries], dim**-0.5 / 4  # the outlier channel makes large logits
-    judged = {"layer": 1, "query_lengths": lengths, "scale": scale} | options
     interpreted = functools.partial(attention_triton, tuning=TUNING, interpret=True)
-    for kernel in (interpreted, attention_reference):
-        result = run(batch, q, lengths, scale, kernel=kernel, **options)
-        assert result[0].dtype == q.dtype
-        assert judge(batch, q, result, **judged) <= ROUNDING[dtype]
-        # Another layer, another scale, or another window is not the same.
-        for other in ({"layer": 0}, {"scale": scale * 1.1}, {"window": 7}):
-            assert judge(batch, q, result, **(judged | other)) > 2 * ROUNDING[dtype]
+    check_kernels(case, (interpreted, attention_reference), pages=9)
 
 
 def test_what_the_kernels_refuse():

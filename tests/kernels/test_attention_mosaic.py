@@ -12,9 +12,8 @@ from kvcompress_jax.kernels.decode_attention import decode_attention, mosaic
 from kvcompress_jax.kernels.decode_attention.mosaic import attention_mosaic
 from kvcompress_jax.paged import attend
 from kvcompress_jax.paged.attention_kernels import kernel_inputs
-from tests.kernels.test_attention import ROUNDING, run
+from tests.kernels.test_attention import check_kernels
 from tests.paged.batch import make_batch
-from tests.paged.test_attention import judge
 
 # page size, dim, group, queries, dtype, ratio of refined tokens, options
 CASES = {
@@ -33,20 +32,8 @@ needs_mosaic = pytest.mark.skipif(
 @needs_mosaic
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_kernel(case):
-    page_size, dim, group, queries, dtype, ratio, options = case
-    config = CompressionConfig(page_size=page_size, window_tokens=page_size, ratio=ratio)
-    batch = make_batch(config, [5, 5 * page_size - 3], head_dim=dim, dtype=dtype)
-    q = jax.random.normal(jax.random.key(7), (2, queries, 2 * group, dim), jnp.float32)
-    q = q.astype(jnp.dtype(dtype))
-    lengths, scale = [1, queries], dim**-0.5 / 4  # the outlier channel makes large logits
-    judged = {"layer": 1, "query_lengths": lengths, "scale": scale} | options
     interpreted = functools.partial(attention_mosaic, programs=8, interpret=True)
-    result = run(batch, q, lengths, scale, kernel=interpreted, **options)
-    assert result[0].dtype == q.dtype
-    assert judge(batch, q, result, **judged) <= ROUNDING[dtype]
-    # Another layer, another scale, or another window is not the same.
-    for other in ({"layer": 0}, {"scale": scale * 1.1}, {"window": 7}):
-        assert judge(batch, q, result, **(judged | other)) > 2 * ROUNDING[dtype]
+    check_kernels(case, (interpreted,), pages=5)
 
 
 def test_what_it_refuses(monkeypatch):
