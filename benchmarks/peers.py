@@ -1,20 +1,14 @@
 """How fast are we beside other projects' own code, on a CPU?
 
-    python benchmarks/peers.py                      # 8 and 4 bits, then how the cost grows
-    python benchmarks/peers.py --quick              # one layer, three rounds
-    python benchmarks/peers.py --json peers.json --markdown peers.md
+    make peers                              # makes docs/peers.md: 8 and 4 bits, how the cost grows
+    make peers PEERS_ARGS="--bits 4"
+    python benchmarks/peers.py --quick      # three rounds, nothing written
 
-Compress, decompress and decode-attention for Llama-3-8B-like shapes (8 KV heads, 32 query heads,
+Compress, decompress and decode attention for Llama-3-8B-like shapes (8 KV heads, 32 query heads,
 head dim 128), ours (jitted) and each peer's, in the same run on the same threads. Every result is
-checked before it is timed; who cannot run or is wrong is listed with the reason. Peers are not
-dependencies of ours; into an environment of its own (Python 3.11) go
-
-    pip install torch==2.13.0 transformers==5.24.0 hqq==0.2.8.post1 optimum-quanto==0.2.7 \\
-        turboquant==0.2.0 tqai==0.6.1 turboquantcpu==0.1.0 tiny-turboquant==0.18.0 kvq==0.1.0 \\
-        numpy==2.3.5
-    pip install -e '.[lab]'
-
-numpy is older than the newest because turboquant calls `numpy.trapz`. See benchmarks/README.md.
+checked before it is timed; who cannot run or is wrong is listed with the reason. Peers are no
+dependencies of ours: `make peers` installs them (the extra `peers`, Python 3.11) into an
+environment of its own.
 """
 
 import argparse
@@ -27,11 +21,11 @@ def main() -> None:
     """Checks, times and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
-    parser.add_argument("--layers", type=int, default=4, help="of the model; default 4")
+    parser.add_argument("--layers", type=int, default=1, help="at once; default 1")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=9, help="rounds; default 9")
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
-    parser.add_argument("--quick", action="store_true", help="one layer, three rounds, no scaling")
+    parser.add_argument("--quick", action="store_true", help="three rounds, no scaling")
     parser.add_argument("--no-scaling", action="store_true", help="leave out how the cost grows")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE")
@@ -49,7 +43,7 @@ def main() -> None:
     run(
         Options(
             bits=tuple(args.bits),
-            layers=1 if args.quick else args.layers,
+            layers=args.layers,
             tokens=args.tokens,
             repeats=3 if args.quick else args.repeats,
             threads=threads,

@@ -5,6 +5,7 @@ Keys per channel over groups of 64 tokens, values per token, min-max codes of 4 
 place, every operation over a whole layer.
 """
 
+import shutil
 from typing import Any
 
 from .contract import NotAvailableError, Workload
@@ -14,17 +15,26 @@ GROUP_TOKENS = 64
 
 
 class Kivi(TorchContender):
-    """Plain torch."""
+    """Plain torch, or the same through `torch.compile`, which fuses it as XLA does ours."""
 
-    def __init__(self, bits: int) -> None:
-        self.name, self.bits = "KIVI (plain torch, ours)", bits
+    def __init__(self, bits: int, *, compiled: bool = False) -> None:
+        self.name, self.bits = f"KIVI in {'compiled' if compiled else 'plain'} torch", bits
+        self._compiled = compiled
 
     def load(self, work: Workload) -> None:
         if self.bits not in (4, 8):
             raise NotAvailableError("4 or 8 bits")
         super().load(work)
+        if self._compiled:
+            if shutil.which("g++") is None:
+                raise NotAvailableError("torch.compile needs g++")
+            for name in ("_encode_layer", "_open_layer", "_attend_layer"):
+                setattr(self, name, self._torch.compile(getattr(self, name), dynamic=False))
 
     def _compress_layer(self, layer: int, keys: Any, values: Any) -> Any:
+        return self._encode_layer(keys, values)
+
+    def _encode_layer(self, keys: Any, values: Any) -> Any:
         grouped = keys.unflatten(2, (-1, GROUP_TOKENS))  # batch, heads, groups, tokens, dim
         return self._encode(grouped, axis=-2), self._encode(values, axis=-1)
 

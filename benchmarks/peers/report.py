@@ -9,22 +9,33 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .contract import Shape
-from .harness import OPERATIONS, Refused, Timed
+from .growth import growth
+from .harness import OPERATIONS
+from .section import Section
+from .verdict import best, times
 
 PACKAGES = (
     "kvcompress-jax jax jaxlib numpy torch transformers hqq optimum-quanto turboquant tqai"
-    " turboquantcpu tiny-turboquant kvq"
+    " turboquantcpu tiny-turboquant tqkv kvq"
 ).split()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
-    """Contenders of one shape and number of bits."""
+HEADING = """# Beside other projects' own code, on a CPU
 
-    shape: Shape
-    timed: list[Timed]
-    refused: list[Refused]
+`make peers` makes this page. Compress, decompress and decode attention (one query per sequence and
+head) for layers of a Llama-3-8B-like shape, in milliseconds for 1,024 tokens. Ours is jitted; of a
+peer's own code the public quantizer or cache is called, layer by layer. All use the same threads
+and random bfloat16 numbers, and take turns, so that what disturbs the machine disturbs all. Every
+result is checked before it is timed: the round trip against what the bits allow, and attention
+against float64 attention to the very keys and values that the contender decompresses. Medians,
+quartiles in parentheses; ratios are of times in the same round. Slow contenders have fewer rounds.
+Peers' attention is their own, or torch's on what they decompress, called as it is fastest.
+
+*KIVI in compiled torch* is no project's code but the plain KIVI through `torch.compile`: what
+fusing alone gives. An 8-bit page of ours lies in two planes of nibbles, so that it can be demoted
+without coding it again; both planes have to be joined when it is opened, where others read one
+byte. Opening is for export: generation attends to the planes block by block, and never has more
+open."""
 
 
 def machine(threads: int) -> dict[str, object]:
@@ -77,7 +88,7 @@ class Report:
 
     def markdown(self) -> str:
         """Tables and notes."""
-        parts = []
+        parts = [HEADING]
         for title, columns, rows in self._tables():
             lines = [
                 f"**{title}**",
@@ -89,9 +100,9 @@ class Report:
         return "\n\n".join([*parts, *self._notes()]) + "\n"
 
     def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        tables = [_beside(section) for section in self.sections if section.timed]
-        bits = sorted({t.bits for s in self.scaling for t in s.timed}, reverse=True)
-        return tables + [_growth(self.scaling, n) for n in bits]
+        beside = [section for section in self.sections if section.timed]
+        tables = [best(beside)] if any(len(s.timed) > 1 for s in beside) else []
+        return tables + [_beside(section) for section in beside] + growth(self.scaling)
 
     def _notes(self) -> list[str]:
         notes = [
@@ -106,47 +117,33 @@ class Report:
             f" threads, Python {self.machine['python']}, "
             + ", ".join(f"{name} {version}" for name, version in versions.items())
         )
-        notes.append(f"Medians of {self.repeats} rounds. Again: {self.command}")
+        notes.append(f"Again: {self.command}")
         return notes
 
 
 def _beside(section: Section) -> tuple[str, list[str], list[list[str]]]:
     shape, ours = section.shape, section.timed[0]
-    columns = ["", "bits stored", "error / bound"]
+    columns = ["", "rounds", "bits stored", "error / bound"]
     for operation in OPERATIONS:
         columns += [f"{operation}, ms", "times ours"]
     rows = []
     for t in section.timed:
         row = [
             t.name,
+            f"{t.rounds}",
             f"{t.checked.bits_stored:.2f}",
             f"{t.checked.error / t.checked.bound:.2f}",
         ]
         for operation in OPERATIONS:
-            row.append(f"{t.milliseconds(operation, shape.thousands):.2f}")
-            middle, least, most = t.ratio(operation, ours)
-            row.append("1" if t is ours else f"{middle:.2f} ({least:.2f}-{most:.2f})")
+            low, high = t.spread(operation, shape.thousands)
+            row.append(f"{t.milliseconds(operation, shape.thousands):.1f} ({low:.1f}-{high:.1f})")
+            row.append("1" if t is ours else times(*t.ratio(operation, ours)))
         rows.append(row)
     title = (
         f"{ours.bits} bits: ms per 1K tokens, {shape.layers} layers x {shape.kv_heads} KV heads x"
         f" {shape.head_dim}, {shape.heads} query heads, {shape.tokens} tokens, batch {shape.batch}"
     )
     return title, columns, rows
-
-
-def _growth(sections: list[Section], bits: int) -> tuple[str, list[str], list[list[str]]]:
-    columns = ["tokens x KV heads x batch"]
-    rows = []
-    for section in sections:
-        shape, timed = section.shape, [t for t in section.timed if t.bits == bits]
-        if not timed:
-            continue
-        if len(columns) == 1:
-            columns += [f"{t.name}: {operation}" for t in timed for operation in OPERATIONS]
-        row = [f"{shape.tokens} x {shape.kv_heads} x {shape.batch}"]
-        row += [f"{t.milliseconds(o, shape.thousands):.2f}" for t in timed for o in OPERATIONS]
-        rows.append(row)
-    return f"{bits} bits: how the cost grows, ms per 1K tokens of all sequences", columns, rows
 
 
 def _line(cells: list[str]) -> str:

@@ -6,14 +6,17 @@ import sys
 from rich.console import Console
 
 from .contract import Contender, Shape, Workload
+from .growth import growing
 from .harness import Refused, Timed, compare
 from .hf_quantized import HuggingFace
 from .kivi_torch import Kivi
 from .kvq_package import Kvq
 from .ours import Ours
-from .report import Report, Section, machine
+from .report import Report, machine
+from .section import Section
 from .tiny_turboquant import TinyTurboquant
 from .tqai import Tqai
+from .tqkv import Tqkv
 from .turboquant import Turboquant
 from .turboquantcpu import TurboquantCpu
 
@@ -38,14 +41,21 @@ def contenders(bits: int) -> list[Contender]:
     return [
         Ours(bits),
         Kivi(bits),
+        Kivi(bits, compiled=True),
         TinyTurboquant(bits),
         HuggingFace(bits, "quanto"),
         HuggingFace(bits, "hqq"),
+        Tqkv(bits),
         Turboquant(bits),
         Tqai(bits),
         TurboquantCpu(bits),
         Kvq(bits),
     ]
+
+
+def grown_contenders(bits: int) -> list[Contender]:
+    """Of whom we see how the cost grows."""
+    return [Ours(bits), Kivi(bits)]
 
 
 def run(options: Options) -> None:
@@ -66,7 +76,7 @@ def run(options: Options) -> None:
             for bits in options.bits:
                 for grown in growing(shape):
                     timed, refused = compare(
-                        [Ours(bits), Kivi(bits)],
+                        grown_contenders(bits),
                         Workload.random(grown),
                         repeats=max(3, options.repeats // 2),
                         note=status.update,
@@ -88,15 +98,6 @@ def run(options: Options) -> None:
         isinstance(t, Timed) and t.name == "kvcompress_jax" for s in sections for t in s.timed
     ):
         raise SystemExit("our own results were refused; see above")
-
-
-def growing(shape: Shape) -> list[Shape]:
-    """Shapes that differ from one in one size, for seeing how the cost grows."""
-    return [
-        *(dataclasses.replace(shape, tokens=shape.tokens * n) for n in (1, 2, 4, 8)),
-        *(dataclasses.replace(shape, kv_heads=n, heads=4 * n) for n in (2, 4, 16)),
-        *(dataclasses.replace(shape, batch=n) for n in (2, 4, 8)),
-    ]
 
 
 __all__ = ["Options", "Refused", "contenders", "growing", "run"]

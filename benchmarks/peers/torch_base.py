@@ -10,7 +10,8 @@ from .contract import NotAvailableError, Workload
 class TorchContender:
     """Layers one after another, as a model calls them; `_compress_layer` and `_open_layer` are the
     peer's own code. Attention opens a layer and runs torch's own attention kernel on it, which is
-    what these caches do in generation."""
+    what these caches do in generation. The kernel gets the queries of one KV head as rows of one
+    matrix, which on CPUs is several times as fast as its `enable_gqa`."""
 
     name = ""
     bits = 0
@@ -33,6 +34,16 @@ class TorchContender:
     def _open_layer(self, code: Any) -> tuple[Any, Any]:
         raise NotImplementedError
 
+    def _attend_layer(self, query: Any, code: Any) -> Any:
+        keys, values = (x.to(query.dtype) for x in self._open_layer(code))
+        return self._attention(query, keys, values)
+
+    def _attention(self, query: Any, keys: Any, values: Any) -> Any:
+        """[batch, heads, dim] to the same: one query each, attending to all tokens."""
+        grouped = query.unflatten(1, (keys.shape[1], -1))
+        attend = self._torch.nn.functional.scaled_dot_product_attention
+        return attend(grouped, keys, values).flatten(1, 2)
+
     def compress(self) -> Any:
         with self._torch.inference_mode():
             pairs = enumerate(zip(self._keys, self._values, strict=True))
@@ -43,13 +54,9 @@ class TorchContender:
             return [self._open_layer(layer) for layer in code]
 
     def attend(self, code: Any) -> Any:
-        attention = self._torch.nn.functional.scaled_dot_product_attention
-        out = []
         with self._torch.inference_mode():
-            for q, layer in zip(self._queries, code, strict=True):
-                keys, values = (x.to(q.dtype) for x in self._open_layer(layer))
-                out.append(attention(q[:, :, None], keys, values, enable_gqa=True))
-        return out
+            pairs = zip(self._queries, code, strict=True)
+            return [self._attend_layer(q, layer) for q, layer in pairs]
 
     def opened(self, result: Any) -> tuple[np.ndarray, np.ndarray]:
         shape = self._shape
@@ -60,7 +67,7 @@ class TorchContender:
         return keys, values
 
     def attended(self, result: Any) -> np.ndarray:
-        return np.stack([x.float().numpy()[:, :, 0] for x in result])
+        return np.stack([x.float().numpy() for x in result])
 
     def code_bytes(self, code: Any) -> int:
         return tensor_bytes(self._torch, code)

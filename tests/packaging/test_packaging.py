@@ -129,6 +129,8 @@ RUN_BY = {
     "make test-vllm": (".ci/run", "--silent test-vllm "),
     "make lint": (".ci/run", "--silent lint "),
     "make bench": (".ci/run", "--silent bench "),
+    # Minutes, in an environment of its own; what it runs, on tiny shapes.
+    "make peers": ("tests/benchmarks/test_peers.py", "run(Options("),
     "make gpu-gate": (".ci/run", "--silent gpu-gate "),
     # Minutes to an hour on the real model; on a tiny one, what the targets run.
     "make fidelity": ("tests/benchmarks/test_fidelity.py", "fidelity.main("),
@@ -170,5 +172,5 @@ def test_the_code_in_the_readme_runs():
 
 def test_the_makefile_has_the_targets():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "lint", "bench", "leaderboard", "fidelity", "gpu-gate"):
+    for target in ("demo", "test", "lint", "bench", "peers", "leaderboard", "fidelity", "gpu-gate"):
         assert re.search(rf"^{target}: ", makefile, flags=re.MULTILINE)
