@@ -7,7 +7,8 @@
 
 Compiles every op for every case for sm_80, sm_90 and sm_100, assembles it, and tabulates what the
 hardware would get. Exits 1 on a spill, narrow loads, a missing tensor-core instruction, more bytes
-than 1.05 of the floor, an unknown refusal, or when the table in the repository is another one.
+than 1.05 of the floor (or than the case may move), an unknown refusal, or when the table in the
+repository is another one.
 """
 
 import argparse

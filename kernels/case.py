@@ -15,6 +15,7 @@ class Case:
       build: gives a function and its abstract arguments (pytrees of `jax.ShapeDtypeStruct`); the
         function calls the kernel itself, not the dispatcher.
       floor_bytes: that any implementation has to move: each stored byte read or written once.
+      most_bytes: times `floor_bytes` that the program may move.
       needs_tensor_cores: whether it would be slow without.
       donate: numbers of the arguments that are updated in place.
       example: gives real arguments to check and time the function with; None: it is not timed.
@@ -27,6 +28,7 @@ class Case:
     build: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
     floor_bytes: int
     needs_tensor_cores: bool
+    most_bytes: float = 1.05
     donate: tuple[int, ...] = ()
     example: Callable[[], tuple[Any, ...]] | None = None
     reference: Callable[..., Any] | None = None

@@ -58,6 +58,7 @@ def _inspect(case: Case, target: Target, folder: Path) -> CaseReport:
         temporary_bytes=memory.temp_size_in_bytes,
         moved_bytes=moved_bytes(text),
         floor_bytes=case.floor_bytes,
+        most_bytes=case.most_bytes,
     )
 
 

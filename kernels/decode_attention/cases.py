@@ -47,6 +47,7 @@ def make_case(
     tokens: int = TOKENS,
     implementation: str = "triton",
     interpret: bool = False,
+    most_bytes: float = 1.05,
 ) -> Case:
     """`ROWS` sequences of `tokens` tokens in sealed pages, of which none is shared and every second
     is refined, and some raw pages."""
@@ -79,6 +80,7 @@ def make_case(
         op=op,
         build=lambda: (functools.partial(run, kernel), arguments),
         floor_bytes=_nbytes(arguments) + _result_bytes(arguments, mass=options == "mass"),
+        most_bytes=most_bytes,
         needs_tensor_cores=True,
         example=example,
         reference=functools.partial(run, attention_reference),

@@ -70,6 +70,9 @@ def test_a_good_report_passes():
     assert faults(with_kernel(load_bits={"bulk": 2, "32": 40})) == []
     without = dataclasses.replace(with_kernel(tensor_core_instructions=0), needs_tensor_cores=False)
     assert judge([without], {}) == []
+    wide = dataclasses.replace(GOOD, moved_bytes=1_200_000, most_bytes=1.25)
+    assert judge([wide], {}) == []
+    assert "over 1.25" in judge([dataclasses.replace(wide, moved_bytes=1_260_000)], {})[0]
 
 
 @pytest.mark.parametrize("fault", BAD)
