@@ -125,8 +125,8 @@ class Ours:
 def _open(cache: Any, pages: int) -> list[tuple[jax.Array, jax.Array]]:
     """Layer by layer, as peers do."""
     ids = jnp.arange(pages, dtype=jnp.int32)
-    layers = (decode_pages(cache, i, ids) for i in range(cache.layout.layers))
-    return [(keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16)) for keys, values in layers]
+    dtype = cache.layout.jax_dtype
+    return [decode_pages(cache, i, ids, dtype=dtype) for i in range(cache.layout.layers)]
 
 
 def _attend(cache: Any, q: jax.Array, table: PageTable) -> jax.Array:

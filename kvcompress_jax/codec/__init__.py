@@ -2,7 +2,7 @@
 
 Vectors to planes and back, with nothing about pages or caches: `scale` fits the range of a
 group, `planes` codes values against it, `packing` puts two codes in a byte, `finite` finds what
-cannot be coded.
+cannot be coded, `rounding` shortens what was decoded.
 """
 
 from kvcompress_jax.codec.finite import NonFiniteError, all_finite, check_finite
@@ -15,6 +15,7 @@ from kvcompress_jax.codec.planes import (
     refine,
     refined_position,
 )
+from kvcompress_jax.codec.rounding import narrow
 from kvcompress_jax.codec.scale import Scale, fit_scale
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "encode",
     "encode_bytes",
     "fit_scale",
+    "narrow",
     "pack",
     "pack_high",
     "pack_low",

@@ -79,10 +79,11 @@ def time_pages(
 
 def _decode_all(cache: PagedCache, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     def one_layer(layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keys, values = decode_pages(cache, layer, jnp.arange(PAGES, dtype=jnp.int32))
+        ids = jnp.arange(PAGES, dtype=jnp.int32)
+        keys, values = decode_pages(cache, layer, ids, dtype=dtype)
         # As the raw pool would be written: JAX before 0.12 stacks bfloat16 by way of a float32 copy
         # of the whole stack, once per layer.
-        return bits(keys.astype(dtype)), bits(values.astype(dtype))
+        return bits(keys), bits(values)
 
     return jax.lax.map(one_layer, jnp.arange(cache.layout.layers, dtype=jnp.int32))
 

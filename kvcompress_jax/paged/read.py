@@ -6,13 +6,27 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.calibrated import CalibratedCode, RowLayout, decode_rows
-from kvcompress_jax.codec import Scale, reconstruct, refined_position, unpack, unpack_both
+from kvcompress_jax.codec import (
+    Scale,
+    narrow,
+    reconstruct,
+    refined_position,
+    unpack,
+    unpack_both,
+)
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.plane_bytes import split_planes
 
+FLOAT32 = jnp.dtype("float32")
+
 
 def decode_pages(
-    cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None = None
+    cache: PagedCache,
+    layer: jax.Array | int,
+    ids: jax.Array,
+    live: jax.Array | None = None,
+    *,
+    dtype: jnp.dtype = FLOAT32,
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of sealed pages at their level, in slot order.
 
@@ -21,23 +35,13 @@ def decode_pages(
       layer: i32[].
       ids: i32[...] page ids, all in range.
       live: bool[...]: pages to decode; the others read as zeros, whatever they hold. None: all.
+      dtype: of the result.
 
     Returns:
-      keys and values, f32[..., heads, page_size, dim]; slot j holds token
-      `slot_tokens(...)[..., j]`.
+      keys and values, [..., heads, page_size, dim]; slot j holds token `slot_tokens(...)[..., j]`.
     """
-    layout = cache.layout
-    if cache.code is not None and layout.rows is not None:
-        return _decode_row_pages(cache, cache.code.at(layer), layout.rows, layer, ids, live)
-    key_scale = _scale_of(cache.key_scale, layer, ids, live)
-    value_scale = _scale_of(cache.value_scale, layer, ids, live)
-    packed = split_planes(cache.base[layer, ids], layout.head_dim)
-    if layout.fine_rows and cache.fine.shape[0]:
-        fine, has = _fine_rows(cache, layer, ids, live)
-        keys, values = (_positions(x, y, has) for x, y in zip(packed, fine, strict=True))
-    else:
-        keys, values = (unpack(x).astype(jnp.float32) for x in packed)
-    return reconstruct(keys, key_scale, axis=-2), reconstruct(values, value_scale, axis=-1)
+    keys, values = _decode(cache, layer, ids, live)
+    return narrow(keys, dtype), narrow(values, dtype)
 
 
 def read_pages(
@@ -63,6 +67,23 @@ def slot_tokens(cache: PagedCache, layer: jax.Array | int, ids: jax.Array) -> ja
         return cache.order[layer, ids].astype(jnp.int32)
     tokens = jnp.arange(layout.page_size, dtype=jnp.int32)
     return jnp.broadcast_to(tokens, (*ids.shape, layout.kv_heads, layout.page_size))
+
+
+def _decode(
+    cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    layout = cache.layout
+    if cache.code is not None and layout.rows is not None:
+        return _decode_row_pages(cache, cache.code.at(layer), layout.rows, layer, ids, live)
+    key_scale = _scale_of(cache.key_scale, layer, ids, live)
+    value_scale = _scale_of(cache.value_scale, layer, ids, live)
+    packed = split_planes(cache.base[layer, ids], layout.head_dim)
+    if layout.fine_rows and cache.fine.shape[0]:
+        fine, has = _fine_rows(cache, layer, ids, live)
+        keys, values = (_positions(x, y, has) for x, y in zip(packed, fine, strict=True))
+    else:
+        keys, values = (unpack(x).astype(jnp.float32) for x in packed)
+    return reconstruct(keys, key_scale, axis=-2), reconstruct(values, value_scale, axis=-1)
 
 
 def _decode_row_pages(
