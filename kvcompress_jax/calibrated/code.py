@@ -4,8 +4,8 @@ A key is taken back to where it was before RoPE, its mean is removed, and it is 
 calibrated basis, in which an error of the same size has the same effect on the attention output
 whatever its direction. Every component has its own number of bits and its own step; what differs
 from token to token is one scale. A value is rotated by a Hadamard matrix and coded with one step
-and zero point per token. A few tokens of each page, by error times attention, get 8 bits per
-component instead.
+and zero point per token. A few tokens of each page get 8 bits per component instead: those that
+gain most, by attention times the error that it takes away.
 
 The decoder is linear in the bits: `key = scale * (bits @ M + offset) + mean`, so it needs no
 unpacking into codes.
@@ -30,6 +30,9 @@ SMALLEST = 2.0**-100  # keeps logarithms of zeros finite
 # A narrow code is better off when its ends are clipped: measured on keys' and values' KL.
 VALUE_CLIP = {2: 0.85, 3: 0.95}
 ATTENTION_POWER = 0.5  # of a token's attention in the choice of what to refine (measured)
+# Steps of a refined key's components go with this power of their typical size: who is refined is
+# neither typical nor alike in all directions (measured: 14 % less KL at 4.5 bits than with 0).
+REFINED_POWER = 0.5
 ATTENTION_FLOOR = 1e-6  # tokens without any attention are told apart by their error
 
 _einsum = functools.partial(
@@ -42,9 +45,9 @@ _einsum = functools.partial(
 class CalibratedCode:
     """What was fitted to a model; all layers along the first axis, or one layer without it.
 
-    Invariants: `encode` and `decode` are inverse to each other; `step` and `inverse_scale` are 0
-    for components without bits; bit b of a row is bit `bit_shift[b]` of component
-    `bit_component[b]`, and is 0 for shifts of 31 (padding).
+    Invariants: `encode` and `decode` are inverse to each other; `step` is 0 for components without
+    bits; bit b of a row is bit `bit_shift[b]` of component `bit_component[b]`, and is 0 for shifts
+    of 31 (padding).
     """
 
     frequencies: jax.Array  # f32[layers, dim/2] of RoPE, angle per position
@@ -52,7 +55,7 @@ class CalibratedCode:
     encode: jax.Array  # f32[layers, heads, dim, components]
     decode: jax.Array  # f32[layers, heads, components, dim]
     step: jax.Array  # f32[layers, heads, components], for tokens of scale 1
-    inverse_scale: jax.Array  # f32[layers, heads, components]
+    scale: jax.Array  # f32[layers, heads, components], typical size, more than 0
     levels: jax.Array  # f32[layers, heads, components], 2 ** bits
     bit_component: jax.Array  # i32[layers, heads, 8 * key_bytes]
     bit_shift: jax.Array  # i32[layers, heads, 8 * key_bytes]
@@ -96,14 +99,18 @@ def encode_rows(
     key_bits, key_scale, key_error = _encode_keys(z, code)
     value_bits, value_scale, value_error = _encode_values(turned, code, rows)
     weight = jnp.maximum(attention, ATTENTION_FLOOR) ** ATTENTION_POWER
-    weight = jnp.where(exact[None, :], -1.0, weight)
     count = rows.refined_tokens(page_size)
+    unit = _refined_unit(code)
+
+    def refine(x: jax.Array, unit: jax.Array, error: jax.Array) -> jax.Array:
+        record, left = _refined(x, unit)
+        gain = jnp.where(exact[None, :], -jnp.inf, weight * (error - left))
+        _, token = lax.top_k(gain, count)  # [heads, count]
+        chosen = jnp.take_along_axis(record, token[..., None], axis=1)
+        return jnp.concatenate([token[..., None].astype(jnp.uint8), chosen], axis=-1)
+
     refined = jnp.stack(
-        [
-            _refine(x, jnp.where(weight < 0, -1.0, weight * error), count)
-            for x, error in ((z, key_error), (turned, value_error))
-        ],
-        axis=-2,
+        [refine(z, unit, key_error), refine(turned, jnp.ones_like(unit), value_error)], axis=-2
     )
     padding = 8 * rows.value_bytes(dim) - value_bits.shape[-1]
     value_bits = jnp.pad(value_bits, ((0, 0), (0, 0), (0, padding)))
@@ -155,7 +162,7 @@ def decode_rows(
     ]
 
     key_token, exact_keys = _unrefine(refined[..., 0, :])
-    exact_keys = _einsum("hnc,hcd->hnd", exact_keys, code.decode)
+    exact_keys = _einsum("hnc,hcd->hnd", exact_keys * _refined_unit(code)[:, None], code.decode)
     keys = _replace(keys, key_token, exact_keys) + code.mean[:, None]
     value_token, exact_values = _unrefine(refined[..., 1, :])
     exact_values = _einsum("hnc,cd->hnd", exact_values, back)
@@ -189,7 +196,7 @@ def _encode_keys(z: jax.Array, code: CalibratedCode) -> tuple[jax.Array, jax.Arr
     coded = code.step > 0
     count = jnp.maximum(jnp.sum(coded, axis=-1), 1).astype(jnp.float32)
     # In units of the scale before squaring, and of the largest of them: no overflow.
-    relative = jnp.abs(z * code.inverse_scale[:, None])
+    relative = jnp.abs(z * jnp.where(coded, 1 / code.scale, 0.0)[:, None])
     largest = jnp.maximum(jnp.max(relative, axis=-1, keepdims=True), SMALLEST)
     mean = jnp.sum((relative / largest) ** 2, axis=-1) / count[:, None]
     scale_code = _scale_code(jnp.sqrt(mean) * largest[..., 0])
@@ -237,24 +244,24 @@ def _scale(code: jax.Array) -> jax.Array:
     return jnp.exp2((code - 128) / PER_OCTAVE)
 
 
-def _refine(x: jax.Array, score: jax.Array, count: int) -> jax.Array:
-    """u8[heads, count, dim + 3]: 8 bits per component for the tokens of the highest score."""
-    _, token = lax.top_k(score, count)  # [heads, count]
-    chosen = jnp.take_along_axis(x, token[..., None], axis=1)
-    step = jnp.maximum(jnp.max(jnp.abs(chosen), axis=-1) / 127, 2.0**-126)
+def _refined_unit(code: CalibratedCode) -> jax.Array:
+    """f32[heads, components]: steps of a refined key's components, relative to each other."""
+    return code.scale**REFINED_POWER
+
+
+def _refined(x: jax.Array, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """u8[heads, tokens, 2 + components], a step and 8 bits per component of every token; and the
+    error that they leave, f32[heads, tokens]."""
+    relative = x / unit[:, None]
+    step = jnp.maximum(jnp.max(jnp.abs(relative), axis=-1) / 127, 2.0**-126)
     bits = lax.bitcast_convert_type(step, jnp.uint32) + jnp.uint32(0xFFFF)  # rounded up
     high = (bits >> jnp.uint32(16)).astype(jnp.uint16)
-    step = lax.bitcast_convert_type(high, jnp.bfloat16).astype(jnp.float32)
-    codes = jnp.clip(jnp.round(chosen / step[..., None]), -127, 127).astype(jnp.int8)
+    step = lax.bitcast_convert_type(high, jnp.bfloat16).astype(jnp.float32)[..., None]
+    codes = jnp.clip(jnp.round(relative / step), -127, 127)
+    left = jnp.linalg.norm((relative - codes * step) * unit[:, None], axis=-1)
     step_bytes = jnp.stack([high & jnp.uint16(255), high >> jnp.uint16(8)], axis=-1)
-    return jnp.concatenate(
-        [
-            token[..., None].astype(jnp.uint8),
-            step_bytes.astype(jnp.uint8),
-            lax.bitcast_convert_type(codes, jnp.uint8),
-        ],
-        axis=-1,
-    )
+    code_bytes = lax.bitcast_convert_type(codes.astype(jnp.int8), jnp.uint8)
+    return jnp.concatenate([step_bytes.astype(jnp.uint8), code_bytes], axis=-1), left
 
 
 def _unrefine(refined: jax.Array) -> tuple[jax.Array, jax.Array]:

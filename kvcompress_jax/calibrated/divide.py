@@ -19,7 +19,7 @@ from kvcompress_jax.models.dense import AttentionInputs
 from kvcompress_jax.models.params import DecoderParams
 from kvcompress_jax.paged.layout import CacheLayout
 
-VALUE_BITS = (2, 3, 4, 5, 6)
+VALUE_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def candidates(

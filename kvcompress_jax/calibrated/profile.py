@@ -57,7 +57,6 @@ class Profile:
         Args:
           frequencies: f32[layers, dim/2], of the model's RoPE (`layer_frequencies`).
         """
-        coded = self.widths > 0
         component, shift = _bit_tables(self.widths, 8 * self.rows.key_bytes)
         return CalibratedCode(
             frequencies=frequencies,
@@ -65,7 +64,7 @@ class Profile:
             encode=jnp.asarray(np.linalg.inv(self.decode.astype(np.float64)), jnp.float32),
             decode=jnp.asarray(self.decode, jnp.float32),
             step=jnp.asarray(self.step, jnp.float32),
-            inverse_scale=jnp.asarray(np.where(coded, 1 / self.scale, 0), jnp.float32),
+            scale=jnp.asarray(self.scale, jnp.float32),
             levels=jnp.asarray(2.0**self.widths, jnp.float32),
             bit_component=jnp.asarray(component),
             bit_shift=jnp.asarray(shift),

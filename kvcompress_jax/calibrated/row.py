@@ -4,8 +4,8 @@
     refined  [token | step | codes] of a key, then the same of a value
 
 Key bits are codes of different widths, one per component of the calibrated basis, in a row without
-gaps; value bits are codes of one width. Some tokens of each page and head, those whose error
-matters most, have 8 bits per component in a refined row besides.
+gaps; value bits are codes of one width. Some tokens of each page and head, those that gain
+most, have 8 bits per component in a refined row besides.
 """
 
 import dataclasses
