@@ -97,10 +97,13 @@ def preemptions(llm):
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
-def quality(model, *, answers=False, text=True, kv_cache_dtype="auto"):
+def quality(model, *, answers=False, text=True, kv_cache_dtype="auto", eager=True):
     """Greedy tokens of short and long prompts in batches; loss of 2,000 tokens of text."""
-    llm = engine(model, enable_prefix_caching=False, kv_cache_dtype=kv_cache_dtype)
-    results = {"capacity": capacity(llm)}
+    llm = engine(
+        model, enable_prefix_caching=False, kv_cache_dtype=kv_cache_dtype, enforce_eager=eager
+    )
+    compilation = llm.llm_engine.vllm_config.compilation_config
+    results = {"capacity": capacity(llm), "compiled": [compilation.mode.name, compilation.backend]}
     if answers:
         started = time.monotonic()
         prompts = [{"prompt": p} for p in PROMPTS] + long_prompts(llm, 150)
@@ -177,6 +180,39 @@ def matrix(model, *, mebibytes):
     return results
 
 
+def overwrite():
+    """Fills vLLM's KV memory with ones: NaN, where it is read as a number."""
+    import torch
+
+    from kvcompress_jax.interop.vllm.group import GROUPS
+
+    for memory in GROUPS[0].executor.memories.values():
+        for pool in memory.pools.values():
+            pool.view(-1).view(torch.uint8).fill_(255)
+
+
+def sleep(model):
+    """The same prompts before and after vLLM slept. A GPU's memory is another one then; a CPU's
+    stays, so that this does what a GPU's allocator would have done. At last without any sleep."""
+    llm = engine(model, kv_cache_memory_bytes=100 * MIB, enable_prefix_caching=True)
+    prompts = long_prompts(llm, 330)
+    results = {"before": greedy(llm, prompts, 16)}
+    for i, prompt in enumerate(prompts):
+        llm.llm_engine.add_request(f"cut-short-{i}", prompt)
+    llm.llm_engine.step()
+    llm.sleep(level=1)
+    overwrite()
+    llm.wake_up()
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    figures(llm)
+    results["after"] = greedy(llm, prompts, 16)
+    results["stats"] = figures(llm)
+    overwrite()
+    results["overwritten"] = greedy(llm, prompts, 16)
+    return results
+
+
 def offload(model, *, options, rounds=2):
     """The same prompts, again after vLLM forgot them; `options` are those of offloading."""
     extra = {
@@ -236,7 +272,7 @@ def start(model, *, options, config=None):
 
 
 SCENARIOS = {
-    f.__name__: f for f in (quality, capacity_only, preempt, matrix, offload, snippet, start)
+    f.__name__: f for f in (quality, capacity_only, preempt, matrix, sleep, offload, snippet, start)
 }
 
 

@@ -34,6 +34,24 @@ def test_perplexity_stays(drive, recipe, bound):
     assert ours["loss"] != stock["loss"] and ours["stats"]["seals"] > 20  # it did compress
 
 
+@pytest.mark.long
+def test_compiled_by_inductor(drive):
+    """vLLM's default: everything but attention is compiled. The rest of the suite is eager."""
+    compiled = {"eager": False}
+    stock = drive("quality", compiled, compress=False, **SPACE)
+    raw = drive("quality", compiled, VLLM_KV_COMPRESSION_LEVELS="1", **SPACE)
+    ours = drive("quality", compiled, KVCOMPRESS_RECIPE="balanced", **SPACE)
+    eager = drive("quality", KVCOMPRESS_RECIPE="balanced", **SPACE)
+    for found in (stock, raw, ours):
+        assert found["compiled"][1] == "inductor", found["compiled"]
+    assert eager["compiled"][0] == "NONE"
+    assert raw["loss"] == pytest.approx(stock["loss"], abs=1e-4)
+    assert ours["loss"] == pytest.approx(eager["loss"], abs=1e-3)
+    assert ours["loss"] != raw["loss"] and ours["stats"]["seals"] > 20  # it did compress
+    assert ours["perplexity"] / stock["perplexity"] < 1.005
+    beside("balanced, text, compiled", ours["loss_seconds"], stock["loss_seconds"])
+
+
 def test_in_tree_fp8_beside(drive):
     """Not ours, and no bound of ours: what users would have without us."""
     if "avx512f" not in Path("/proc/cpuinfo").read_text():
