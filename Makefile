@@ -44,7 +44,7 @@ peers:
 # docs/leaderboard.md, of the texts named: make leaderboard TEXTS="prose.txt code.txt". Hours on two
 # cores, calibration included.
 PROFILES := build/leaderboard
-CALIBRATED_BITS := 4.5 3.5 2.5
+CALIBRATED_BITS := 8.5 6.5 4.5 3.5 2.5
 
 leaderboard: $(VENV)/.demo $(PROFILES)/.calibrated
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/leaderboard.py $(TEXTS) --out docs \

@@ -1,4 +1,4 @@
-"""Level 3: a code whose basis and bits were fitted to one model, for 4.5 bits and below."""
+"""Level 3: a code whose basis and bits were fitted to one model, for 2.5 to 8.5 bits."""
 
 from kvcompress_jax.calibrated.code import CalibratedCode, decode_rows, encode_rows
 from kvcompress_jax.calibrated.row import RowLayout

@@ -25,15 +25,13 @@ class Statistics:
 
     Attributes:
       layers: of each layer, all samples together.
-      sample: tokens of the last sample.
-      seen: what the attention got for it.
+      trials: tokens that codes are tried on, and what the attention got for them.
       tokens: of all samples.
       page_size, sink_tokens: of the cache.
     """
 
     layers: list[LayerStatistics]
-    sample: Sequence[int]
-    seen: AttentionInputs
+    trials: Sequence[tuple[Sequence[int], AttentionInputs]]
     tokens: int
     page_size: int
     sink_tokens: int
@@ -43,6 +41,7 @@ def gather(
     model: Model,
     samples: Sequence[Sequence[int]],
     *,
+    held_out: Sequence[Sequence[int]] = (),
     page_size: int = 64,
     sink_tokens: int = 4,
     progress: Callable[[str, float], None] = lambda stage, done: None,
@@ -52,6 +51,8 @@ def gather(
     Args:
       model: to calibrate.
       samples: tokens of texts, each at least twice as long as a page; a few thousand together.
+      held_out: others, to try codes on. Without any it is the last of the samples, which says less:
+        a code that was fitted to a text does best there.
       page_size: of the cache, for the overheads.
       sink_tokens: first tokens, which are kept exactly and not calibrated for.
       progress: is told the stage and the share of it that is done.
@@ -60,7 +61,7 @@ def gather(
       ProfileError: a sample that is too short.
     """
     config = model.config
-    for tokens in samples:
+    for tokens in (*samples, *held_out):
         if len(tokens) < 2 * page_size:
             raise ProfileError(
                 f"text: expected samples of at least {2 * page_size} tokens, got {len(tokens)}"
@@ -75,10 +76,15 @@ def gather(
                 seen, jnp.int32(layer), frequencies[layer], config, sink_tokens
             )
             found[layer].append(jax.device_get(statistics))
+    trials = [(samples[-1], seen)]
+    if held_out:
+        trials = [
+            (tokens, capture_forward(model.params, config, jnp.asarray([tokens], jnp.int32))[1])
+            for tokens in held_out
+        ]
     return Statistics(
         layers=[_join(parts) for parts in found],
-        sample=samples[-1],
-        seen=seen,
+        trials=trials,
         tokens=sum(len(tokens) for tokens in samples),
         page_size=page_size,
         sink_tokens=sink_tokens,
@@ -159,17 +165,21 @@ def _best(
             return np.inf
         if i not in tried:
             profile = _fit(model, statistics.layers, options[i], progress, about)
-            found = trial(
-                model.params,
-                jnp.asarray(statistics.sample, jnp.int32),
-                statistics.seen,
-                profile.code(layer_frequencies(model.config)),
-                rows=profile.rows,
-                config=model.config,
-                page_size=statistics.page_size,
-                sink_tokens=statistics.sink_tokens,
-            )
-            tried[i] = float(found), profile
+            code = profile.code(layer_frequencies(model.config))
+            found = [
+                trial(
+                    model.params,
+                    jnp.asarray(tokens, jnp.int32),
+                    seen,
+                    code,
+                    rows=profile.rows,
+                    config=model.config,
+                    page_size=statistics.page_size,
+                    sink_tokens=statistics.sink_tokens,
+                )
+                for tokens, seen in statistics.trials
+            ]
+            tried[i] = float(np.mean(found)), profile
         return tried[i][0]
 
     dim = model.config.head_dim

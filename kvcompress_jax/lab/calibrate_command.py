@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=at_least(1),
         default=3,
-        help="taken from the texts, spread evenly (default: %(default)s)",
+        help="taken from the texts, spread evenly, and two more to try codes on (default:"
+        " %(default)s)",
     )
     parser.add_argument(
         "--sample-tokens",
@@ -64,7 +65,13 @@ def run(args: argparse.Namespace) -> None:
     from kvcompress_jax.lab.arguments import read_model
     from kvcompress_jax.lab.output import check_writable
     from kvcompress_jax.lab.progress import stages
-    from kvcompress_jax.lab.texts import check_positions, load_text, take_samples
+    from kvcompress_jax.lab.texts import (
+        HELD_OUT,
+        check_positions,
+        hold_out,
+        load_text,
+        take_samples,
+    )
 
     if len(set(args.bits)) > 1 and "{bits}" not in args.out.name:
         raise ConfigError(f"--out: expected {{bits}} in it for several --bits, got {args.out}")
@@ -78,8 +85,13 @@ def run(args: argparse.Namespace) -> None:
     with stages(Console()) as progress:
         model = read_model(args, progress)
         check_positions(model, args.sample_tokens)
-        samples = take_samples(model, texts, count=args.samples, tokens=args.sample_tokens)
-        statistics = gather(model, samples, page_size=args.page_size, progress=progress)
+        count = args.samples + HELD_OUT
+        samples, apart = hold_out(
+            take_samples(model, texts, count=count, tokens=args.sample_tokens)
+        )
+        statistics = gather(
+            model, samples, held_out=apart, page_size=args.page_size, progress=progress
+        )
         for bits, file in files.items():
             profiles[file] = calibrate(model, statistics, bits=bits, progress=progress)
             save_profile(file, profiles[file])
@@ -87,5 +99,5 @@ def run(args: argparse.Namespace) -> None:
         keys = 8 * profile.rows.key_bytes / model.config.head_dim
         print(
             f"{file}: {keys:.2f} bits for keys, {profile.rows.value_bits} for values,"
-            f" KL {profile.about['kl']} on its own text"
+            f" KL {profile.about['kl']} on samples that were kept apart"
         )

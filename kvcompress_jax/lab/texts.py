@@ -6,6 +6,8 @@ from pathlib import Path
 
 from kvcompress_jax.models.load import Model
 
+HELD_OUT = 2  # samples: one decides badly between close calls
+
 
 class TextError(ValueError):
     """A text that cannot be measured on."""
@@ -79,3 +81,10 @@ def take_samples(model: Model, texts: Sequence[str], *, count: int, tokens: int)
         gap = (len(every) - tokens) // max(1, own - 1)
         samples += [every[j * gap : j * gap + tokens] for j in range(own)]
     return samples
+
+
+def hold_out(samples: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Samples to fit to, and at most `HELD_OUT` to judge by: every second one, so that both kinds
+    come from all parts of the texts."""
+    apart = list(samples[1::2][:HELD_OUT])
+    return [s for i, s in enumerate(samples) if i % 2 == 0 or i >= 2 * HELD_OUT], apart

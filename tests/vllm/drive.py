@@ -194,11 +194,13 @@ def overwrite():
 def sleep(model):
     """The same prompts before and after vLLM slept. A GPU's memory is another one then; a CPU's
     stays, so that this does what a GPU's allocator would have done. At last without any sleep."""
+    from vllm import SamplingParams
+
     llm = engine(model, kv_cache_memory_bytes=100 * MIB, enable_prefix_caching=True)
     prompts = long_prompts(llm, 330)
     results = {"before": greedy(llm, prompts, 16)}
     for i, prompt in enumerate(prompts):
-        llm.llm_engine.add_request(f"cut-short-{i}", prompt)
+        llm.llm_engine.add_request(f"cut-short-{i}", prompt, SamplingParams(max_tokens=99))
     llm.llm_engine.step()
     llm.sleep(level=1)
     overwrite()
