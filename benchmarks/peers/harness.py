@@ -15,7 +15,8 @@ OPERATIONS = ("compress", "decompress", "attend")
 # distribution. A code of one bit less is off by a factor of 2.
 SLACK = 1.6
 ATTENTION_TOLERANCE = 2.0**-5  # of the root mean square: keys, weights and values in bfloat16
-SLOW_SECONDS = 1.0  # what takes longer is not run an extra time before it is timed
+RUNS = 5  # of an operation in a turn, after one that is not timed; their median counts
+SLOW_SECONDS = 0.2  # what takes longer is run once a turn
 ENOUGH_SECONDS = 6.0  # whose rounds have taken so long in all is timed no more,
 FEWEST_ROUNDS = 3  # after so many of them
 
@@ -160,11 +161,15 @@ def compare(
 
 def _one_round(contender: Contender, seconds: dict[str, list[float]]) -> None:
     def clocked(operation: str, work: Callable[[], Any]) -> Any:
-        if not (seconds[operation] and seconds[operation][-1] > SLOW_SECONDS):
+        slow = bool(seconds[operation]) and seconds[operation][-1] > SLOW_SECONDS
+        if not slow:
             work()  # others ran in between: caches, clocks and thread pools settle
-        start = time.perf_counter()
-        result = work()
-        seconds[operation].append(time.perf_counter() - start)
+        found = []
+        for _ in range(1 if slow else RUNS):
+            start = time.perf_counter()
+            result = work()
+            found.append(time.perf_counter() - start)
+        seconds[operation].append(statistics.median(found))
         return result
 
     code = clocked("compress", contender.compress)

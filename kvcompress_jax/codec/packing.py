@@ -6,6 +6,7 @@ high one, so that unpacking gives two contiguous halves and needs no interleavin
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def pack(codes: jax.Array) -> jax.Array:
@@ -40,4 +41,11 @@ def unpack(packed: jax.Array) -> jax.Array:
 
 def unpack_both(base: jax.Array, fine: jax.Array) -> jax.Array:
     """Packed rows of two planes, u8[..., dim/2], to u8[..., dim]: the bytes of `encode_bytes`."""
-    return (unpack(base) << jnp.uint8(4)) | unpack(fine)
+    low = ((base & jnp.uint8(15)) << jnp.uint8(4)) | (fine & jnp.uint8(15))
+    high = (base & jnp.uint8(0xF0)) | (fine >> jnp.uint8(4))
+    if jax.default_backend() != "cpu":
+        return jnp.concatenate([low, high], axis=-1)
+    # Fused with what comes before and after, XLA asks for every number in which half it is: with
+    # both in memory on the way it takes three quarters of the time.
+    halves = lax.optimization_barrier((low, high))
+    return lax.optimization_barrier(jnp.concatenate(halves, axis=-1))
