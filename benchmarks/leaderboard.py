@@ -8,8 +8,8 @@ which calibrates first, and then runs
 
 Three rounds: codes of a few bits at about 8.5, 6.5, 4.5, 3.5 and 2.5 bits; the same at 4.5 bits on
 a copy of the model with outlier key channels; eviction. A method takes about ten CPU seconds for
-each text and rate. What was measured is written after every one, so that an interrupted run leaves a
-leaderboard of what it got to.
+each text and rate, and as much again for retrieval. What was measured is written after every one,
+so that an interrupted run leaves a leaderboard of what it got to.
 """
 
 import argparse

@@ -199,14 +199,14 @@ def sleep(model):
     llm = engine(model, kv_cache_memory_bytes=100 * MIB, enable_prefix_caching=True)
     prompts = long_prompts(llm, 330)
     results = {"before": greedy(llm, prompts, 16)}
-    for i, prompt in enumerate(prompts):
-        llm.llm_engine.add_request(f"cut-short-{i}", prompt, SamplingParams(max_tokens=99))
+    cut_short = [f"cut-short-{i}" for i in range(len(prompts))]
+    for name, prompt in zip(cut_short, prompts, strict=True):
+        llm.llm_engine.add_request(name, prompt, SamplingParams(max_tokens=99))
     llm.llm_engine.step()
-    llm.sleep(level=1)
+    llm.sleep(level=1)  # ends them in the engine; the front end has to be told
+    llm.llm_engine.abort_request(cut_short)
     overwrite()
     llm.wake_up()
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
     figures(llm)
     results["after"] = greedy(llm, prompts, 16)
     results["stats"] = figures(llm)
