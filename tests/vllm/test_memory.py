@@ -54,6 +54,7 @@ def test_all_that_moves_blocks(drive, mebibytes, raw_share):
     assert ours["stats"]["abandoned"] == 0 or mebibytes == 50
 
 
+@pytest.mark.long
 def test_sleep_mode(drive):
     """What vLLM forgets when it sleeps is not read again, whatever becomes of the memory."""
     ours = drive("sleep", KVCOMPRESS_RECIPE="balanced", **SMALL_CACHE)
