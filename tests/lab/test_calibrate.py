@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kvcompress_jax.cli import main
+from kvcompress_jax.lab.texts import HELD_OUT, hold_out
 from tests.lab.small import TEXT, write_small_model
 
 
@@ -58,3 +59,12 @@ def test_calibrate_and_eval(files, tmp_path, capsys):
     argv = ["eval", "--model", other, "--text", text, "--config", config, "--profile", profile]
     assert run(*argv, "--facts", 0, "--context", 64, "--continuation", 16) == 2
     assert "expected a profile of this model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 9])
+def test_what_judges_a_code_is_not_what_it_was_fitted_to(count):
+    samples = [[i] for i in range(count)]
+    fitted, apart = hold_out(samples)
+    assert sorted(fitted + apart) == samples
+    assert len(apart) == min(HELD_OUT, count // 2)
+    assert samples[0] in fitted and apart[0] == [1]
