@@ -130,7 +130,7 @@ RUN_BY = {
     "make lint": (".ci/run", "--silent lint "),
     "make bench": (".ci/run", "--silent bench "),
     # Minutes, in an environment of its own; what it runs, on tiny shapes.
-    "make peers": ("tests/benchmarks/test_peers.py", "run(Options("),
+    "make peers": ("tests/benchmarks/test_peers.py", "def test_a_run_writes_both_files("),
     "make gpu-gate": (".ci/run", "--silent gpu-gate "),
     # Minutes to an hour on the real model; on a tiny one, what the targets run.
     "make fidelity": ("tests/benchmarks/test_fidelity.py", "fidelity.main("),
