@@ -30,6 +30,8 @@ def plot_accuracy_against_bits(path: Path, comparison: Comparison) -> None:
       OutputError: the file cannot be written.
     """
     models = list(dict.fromkeys(r.model for r in comparison.results))
+    names = dict.fromkeys(r.method for r in comparison.results)
+    methods = [name for name in names if name != UNCOMPRESSED_NAME]
     recalled = any(not math.isnan(r.fidelity.retrieval) for r in comparison.results)
     shown = PANELS if recalled else PANELS[:-1]
     with matplotlib.rc_context({"font.size": 9}):
@@ -38,7 +40,7 @@ def plot_accuracy_against_bits(path: Path, comparison: Comparison) -> None:
         for panels, model in zip(grid, models, strict=True):
             table = rows(comparison.results, model)
             for axes, (field, label) in zip(panels, shown, strict=True):
-                _panel(axes, table, field, label)
+                _panel(axes, table, field, label, methods)
             panels[0].set_yscale("log")
             panels[0].set_title(model)
         handles, labels = grid[0][0].get_legend_handles_labels()
@@ -47,9 +49,14 @@ def plot_accuracy_against_bits(path: Path, comparison: Comparison) -> None:
             figure.savefig(temporary, dpi=110, format="png")
 
 
-def _panel(axes: Axes, table: Sequence[Row], field: str, label: str) -> None:
-    names = dict.fromkeys(r.method for r in table)
-    for i, name in enumerate(n for n in names if n != UNCOMPRESSED_NAME):
+def _panel(
+    axes: Axes, table: Sequence[Row], field: str, label: str, methods: Sequence[str]
+) -> None:
+    """Methods look alike in all panels: how one looks depends on its place among `methods`."""
+    here = {row.method for row in table}
+    for i, name in enumerate(methods):
+        if name not in here:
+            continue
         points = sorted((r.bits, getattr(r, field)) for r in table if r.method == name)
         axes.plot(
             [bits for bits, _ in points],
