@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+MOST_BYTES = 1.05  # times the floor
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -28,7 +30,7 @@ class Case:
     build: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
     floor_bytes: int
     needs_tensor_cores: bool
-    most_bytes: float = 1.05
+    most_bytes: float = MOST_BYTES
     donate: tuple[int, ...] = ()
     example: Callable[[], tuple[Any, ...]] | None = None
     reference: Callable[..., Any] | None = None

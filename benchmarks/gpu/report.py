@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.gpu.sass import LOAD_BYTES, Code
 from benchmarks.gpu.target import Target
+from kvcompress_jax.kernels.case import MOST_BYTES
 
 NARROW_SHARE = 0.5  # of what one pass through the code loads, by loads of less than 64 bits
 BLOCKS = 32  # of a core, on every target
@@ -50,7 +51,7 @@ class CaseReport:
     temporary_bytes: int = 0
     moved_bytes: int = 0
     floor_bytes: int = 1
-    most_bytes: float = 1.05  # of the floor
+    most_bytes: float = MOST_BYTES
 
     @property
     def bytes_over_floor(self) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.kernels.case import Case
+from kvcompress_jax.kernels.case import MOST_BYTES, Case
 from kvcompress_jax.kernels.decode_attention.inputs import AttentionPools, PageLists
 from kvcompress_jax.kernels.decode_attention.mosaic import attention_mosaic
 from kvcompress_jax.kernels.decode_attention.reference import attention_reference
@@ -47,7 +47,7 @@ def make_case(
     tokens: int = TOKENS,
     implementation: str = "triton",
     interpret: bool = False,
-    most_bytes: float = 1.05,
+    most_bytes: float = MOST_BYTES,
 ) -> Case:
     """`ROWS` sequences of `tokens` tokens in sealed pages, of which none is shared and every second
     is refined, and some raw pages."""

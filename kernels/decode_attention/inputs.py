@@ -22,6 +22,11 @@ class AttentionPools:
     fine_of: jax.Array  # i32[layers, pages], fine chunk of a page or -1
     sinks: jax.Array  # like raw: [layers, slots, 2, heads, sink_tokens, dim], exact first tokens
 
+    @property
+    def sink_tokens(self) -> int:
+        """First tokens of a sequence that can be kept exactly; 0 without a slot for them."""
+        return self.sinks.shape[4] if self.sinks.shape[1] else 0
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -81,10 +81,9 @@ def attention_mosaic(
         interpret=interpret,
     )
     tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, window=window, tile=columns)
-    sink_tokens = pools.sinks.shape[4] if pools.sinks.shape[1] else 0
-    listed = list_pages(pools, lists, layer, tiled, sealed=plan.sealed, skipped=sink_tokens)
+    listed = list_pages(pools, lists, layer, tiled, sealed=plan.sealed)
     inputs = listed.arrays | {"raw": raw.reshape(-1, page_size, dim)}
-    if sink_tokens:
+    if pools.sink_tokens:
         inputs |= sinks_share(pools, lists, layer, tiled, scale=plan.scale, cap=plan.cap)
     if plan.sealed:
         inputs |= {

@@ -69,7 +69,6 @@ def list_pages(
     tiled: Tiled,
     *,
     sealed: bool,
-    skipped: int,
 ) -> Listed:
     """What says where a kernel reads.
 
@@ -77,7 +76,6 @@ def list_pages(
       pools, lists, layer: of `decode_attention`.
       tiled: the queries.
       sealed: whether there are sealed pages at all.
-      skipped: first tokens of a sequence that are kept exactly elsewhere.
     """
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     page_size = pools.raw.shape[4]
@@ -99,9 +97,9 @@ def list_pages(
     fine_of = pools.fine_of[layer[0]] if pools.codes.fine_rows else None
     past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
     arrays |= {"ids": past.ids, "column": past.column, "counts": past.counts}
-    if skipped:
+    if pools.sink_tokens:
         exact = (past.index == 0) & (lists.sink >= 0)[:, None]
-        arrays |= {"skip": jnp.where(exact, skipped, 0)}
+        arrays |= {"skip": jnp.where(exact, pools.sink_tokens, 0)}
     if tiled.oldest is not None:
         arrays |= {"index": past.index}
     if fine_of is not None:

@@ -45,7 +45,7 @@ def attention_reference(
         exact = (lists.sealed_index == 0) & (lists.sink >= 0)[:, None]
         coded = ~exact[:, :, None] | (slot >= pools.sinks.shape[4])[None, None, :]
         parts.append((keys, values, token, (live[:, :, None] & coded)[:, :, None]))
-    if pools.sinks.shape[1] and pools.sinks.shape[4]:
+    if pools.sink_tokens:
         kv = pools.sinks[layer, jnp.maximum(lists.sink, 0)].astype(jnp.float32)[:, None]
         token = jnp.arange(kv.shape[4], dtype=jnp.int32)[None, None, None, :]
         exists = (lists.sink >= 0)[:, None, None, None] & (token < _last(lists.length))

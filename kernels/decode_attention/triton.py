@@ -58,7 +58,7 @@ def attention_triton(
         page_size=page_size,
         half=dim // 2,
         fine_rows=codes.fine_rows,
-        sink_tokens=pools.sinks.shape[4] if pools.sinks.shape[1] else 0,
+        sink_tokens=pools.sink_tokens,
         columns=tile,
         splits=max(1, min(splits, pages)),
         heads=heads,
@@ -72,7 +72,7 @@ def attention_triton(
     )
 
     tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, window=window, tile=tile)
-    listed = list_pages(pools, lists, layer, tiled, sealed=plan.sealed, skipped=plan.sink_tokens)
+    listed = list_pages(pools, lists, layer, tiled, sealed=plan.sealed)
     inputs = listed.arrays | {"raw": raw}
     if plan.sink_tokens:
         inputs |= {"sinks": pools.sinks, "sink": lists.sink}
@@ -133,7 +133,7 @@ def _refuse(q: jax.Array, pools: AttentionPools, dim: int) -> None:
     refuse_dtypes(q, pools)
     if dim % 32:
         raise NotImplementedError(f"dim: expected a multiple of 32, got {dim}")
-    if pools.sinks.shape[1] and pools.sinks.shape[4] > SINK_ROWS:
+    if pools.sink_tokens > SINK_ROWS:
         raise NotImplementedError(
-            f"sink_tokens: expected at most {SINK_ROWS}, got {pools.sinks.shape[4]}"
+            f"sink_tokens: expected at most {SINK_ROWS}, got {pools.sink_tokens}"
         )

@@ -1,5 +1,6 @@
 """Sizes of `prefill_attention`: chunks of 64 queries over pages of all levels."""
 
+from kvcompress_jax.kernels.case import MOST_BYTES
 from kvcompress_jax.kernels.decode_attention.cases import make_case
 
 # page size, dim, refined slots, query heads of a KV head, dtype, options
@@ -10,9 +11,14 @@ SIZES: tuple[tuple[int, int, int, int, str, str], ...] = (
 QUERIES = 64
 # A query's weights are known when it has seen all pages. What each page had for each query is
 # therefore written, and read once more: 16 queries of decode hardly notice, 256 do.
-MOST_BYTES = {"": 1.05, "mass": 1.25}
+MOST_MASS_BYTES = 1.25
 
 CASES = [
-    make_case(*size, queries=QUERIES, op="prefill_attention", most_bytes=MOST_BYTES[size[-1]])
+    make_case(
+        *size,
+        queries=QUERIES,
+        op="prefill_attention",
+        most_bytes=MOST_MASS_BYTES if size[-1] == "mass" else MOST_BYTES,
+    )
     for size in SIZES
 ]
