@@ -66,25 +66,23 @@ def gather(
             raise ProfileError(
                 f"text: expected samples of at least {2 * page_size} tokens, got {len(tokens)}"
             )
+
+    def read(tokens: Sequence[int]) -> AttentionInputs:
+        return capture_forward(model.params, config, jnp.asarray([tokens], jnp.int32))[1]
+
     frequencies = layer_frequencies(config)
     found: list[list[LayerStatistics]] = [[] for _ in range(config.num_layers)]
     for i, tokens in enumerate(samples):
-        _, seen = capture_forward(model.params, config, jnp.asarray([tokens], jnp.int32))
+        seen = read(tokens)
         for layer in range(config.num_layers):
             progress("statistics", (i + layer / config.num_layers) / len(samples))
             statistics = layer_statistics(
                 seen, jnp.int32(layer), frequencies[layer], config, sink_tokens
             )
             found[layer].append(jax.device_get(statistics))
-    trials = [(samples[-1], seen)]
-    if held_out:
-        trials = [
-            (tokens, capture_forward(model.params, config, jnp.asarray([tokens], jnp.int32))[1])
-            for tokens in held_out
-        ]
     return Statistics(
         layers=[_join(parts) for parts in found],
-        trials=trials,
+        trials=[(tokens, read(tokens)) for tokens in held_out] or [(samples[-1], seen)],
         tokens=sum(len(tokens) for tokens in samples),
         page_size=page_size,
         sink_tokens=sink_tokens,

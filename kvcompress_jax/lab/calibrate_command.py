@@ -65,13 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from kvcompress_jax.lab.arguments import read_model
     from kvcompress_jax.lab.output import check_writable
     from kvcompress_jax.lab.progress import stages
-    from kvcompress_jax.lab.texts import (
-        HELD_OUT,
-        check_positions,
-        hold_out,
-        load_text,
-        take_samples,
-    )
+    from kvcompress_jax.lab.texts import check_positions, load_text, take_apart
 
     if len(set(args.bits)) > 1 and "{bits}" not in args.out.name:
         raise ConfigError(f"--out: expected {{bits}} in it for several --bits, got {args.out}")
@@ -85,10 +79,7 @@ def run(args: argparse.Namespace) -> None:
     with stages(Console()) as progress:
         model = read_model(args, progress)
         check_positions(model, args.sample_tokens)
-        count = args.samples + HELD_OUT
-        samples, apart = hold_out(
-            take_samples(model, texts, count=count, tokens=args.sample_tokens)
-        )
+        samples, apart = take_apart(model, texts, count=args.samples, tokens=args.sample_tokens)
         statistics = gather(
             model, samples, held_out=apart, page_size=args.page_size, progress=progress
         )

@@ -83,6 +83,14 @@ def take_samples(model: Model, texts: Sequence[str], *, count: int, tokens: int)
     return samples
 
 
+def take_apart(
+    model: Model, texts: Sequence[str], *, count: int, tokens: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """`take_samples` and `hold_out`: `count` samples to fit to and `HELD_OUT` to judge by, or one
+    more and one less where `count` is 1."""
+    return hold_out(take_samples(model, texts, count=count + HELD_OUT, tokens=tokens))
+
+
 def hold_out(samples: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
     """Samples to fit to, and at most `HELD_OUT` to judge by: every second one, so that both kinds
     come from all parts of the texts."""

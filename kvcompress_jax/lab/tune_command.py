@@ -268,7 +268,7 @@ def _calibrate(
     from kvcompress_jax.calibrated.profile import save_profile
     from kvcompress_jax.lab.budget import bits_for_code
     from kvcompress_jax.lab.output import check_writable
-    from kvcompress_jax.lab.texts import hold_out, load_text, take_samples
+    from kvcompress_jax.lab.texts import load_text, take_apart
     from kvcompress_jax.models.cache_settings import cache_layout
 
     path: Path = args.out.with_suffix(".safetensors")
@@ -277,7 +277,7 @@ def _calibrate(
     layout = cache_layout(model.config, config, args.kv_dtype)
     text = load_text()
     tokens = min(1024, model.config.max_positions)
-    samples, apart = hold_out(take_samples(model, [text[len(text) // 4 :]], count=5, tokens=tokens))
+    samples, apart = take_apart(model, [text[len(text) // 4 :]], count=3, tokens=tokens)
     statistics = gather(model, samples, held_out=apart, progress=progress)
     rate = bits_for_code(layout, config, length, bits=bits)
     save_profile(path, calibrate(model, statistics, bits=rate, progress=progress))
