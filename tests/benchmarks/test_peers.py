@@ -1,5 +1,6 @@
 """The harness that times us beside our peers refuses what is wrong, and tells the truth."""
 
+import dataclasses
 import json
 import re
 
@@ -24,6 +25,17 @@ from benchmarks.peers.section import Section
 
 SHAPE = Shape(layers=2, kv_heads=2, heads=4, head_dim=64, tokens=128, batch=2)
 WORK = Workload.random(SHAPE)
+TINY = Options(
+    bits=(4,),
+    layers=1,
+    tokens=128,
+    repeats=1,
+    threads=1,
+    scaling=False,
+    json=None,
+    markdown=None,
+    command="",
+)
 
 
 class MinMax:
@@ -199,18 +211,7 @@ def test_a_run_writes_both_files(monkeypatch, tmp_path):
     monkeypatch.setattr("benchmarks.peers.run.grown_contenders", two)
     monkeypatch.setattr("benchmarks.peers.run.growing", lambda shape: tiny)
     files = {"json": str(tmp_path / "peers.json"), "markdown": str(tmp_path / "peers.md")}
-    run(
-        Options(
-            bits=(8, 4),
-            layers=1,
-            tokens=128,
-            repeats=2,
-            threads=1,
-            scaling=True,
-            command="this",
-            **files,
-        )
-    )
+    run(dataclasses.replace(TINY, bits=(8, 4), repeats=2, scaling=True, command="this", **files))
     text = (tmp_path / "peers.md").read_text()
     for part in ("# Beside", "attend, 8 bits | plain", "4 bits: the exponent", "Again: this"):
         assert part in text
@@ -221,20 +222,8 @@ def test_a_run_writes_both_files(monkeypatch, tmp_path):
 
 def test_a_run_in_which_we_are_wrong_fails(monkeypatch):
     monkeypatch.setattr("benchmarks.peers.run.contenders", lambda bits: [MinMax(bits)])
-    files = {"json": None, "markdown": None}
     with pytest.raises(SystemExit, match="our own results were refused"):
-        run(
-            Options(
-                bits=(4,),
-                layers=1,
-                tokens=128,
-                repeats=1,
-                threads=1,
-                scaling=False,
-                command="",
-                **files,
-            )
-        )
+        run(TINY)
 
 
 @pytest.mark.parametrize("change", [{"tokens": 100}, {"heads": 3}, {"layers": 0}])
