@@ -28,6 +28,11 @@ def fit(lo: jax.Array, hi: jax.Array) -> tuple[jax.Array, jax.Array]:
     step = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     step = jnp.where(reach < SMALLEST_STEP, 0.0, step)
     zero = lo / jnp.where(step > 0, step, 1.0)
+    # To the nearest float16, in integers: XLA drops a conversion and its reverse on GPUs.
+    bits = lax.bitcast_convert_type(zero, jnp.uint32)
+    odd = (bits >> jnp.uint32(13)) & jnp.uint32(1)
+    bits = (bits + jnp.uint32(0xFFF) + odd) & jnp.uint32(0xFFFFE000)
+    zero = lax.bitcast_convert_type(bits, jnp.float32)
     return step.astype(jnp.bfloat16), zero.astype(jnp.float16)
 
 

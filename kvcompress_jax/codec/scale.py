@@ -57,7 +57,7 @@ def fit_scale(x: jax.Array, *, axis: int, where: jax.Array | None = None) -> Sca
     reach = jnp.maximum(jnp.abs(lo), jnp.abs(hi))
     step = jnp.maximum(jnp.maximum(extent, reach / MAX_ZERO), SMALLEST_STEP)
     step = jnp.where(reach < SMALLEST_STEP, 0.0, _round_up_to_bfloat16(step))
-    zero = lo / jnp.where(step > 0, step, 1.0)
+    zero = _round_to_float16(lo / jnp.where(step > 0, step, 1.0))
     return Scale(step=step.astype(jnp.bfloat16), zero=zero.astype(jnp.float16))
 
 
@@ -68,3 +68,15 @@ def _round_up_to_bfloat16(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(
         (bits + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.float32
     )
+
+
+def _round_to_float16(x: jax.Array) -> jax.Array:
+    """The nearest float16 number, ties to even, as f32; below 2**-14 as it is, and up to 2048.
+
+    In integers: on GPUs, XLA takes a conversion to float16 and back for nothing, codes against the
+    exact zero point, and stores another one.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    odd = (bits >> jnp.uint32(13)) & jnp.uint32(1)
+    rounded = (bits + jnp.uint32(0xFFF) + odd) & jnp.uint32(0xFFFFE000)
+    return lax.bitcast_convert_type(rounded, jnp.float32)
