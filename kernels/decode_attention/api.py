@@ -10,7 +10,7 @@ from kvcompress_jax.kernels.dispatch import dispatch
 
 IMPLEMENTATIONS = {
     "triton": attention_triton,
-    "mosaic_gpu": attention_mosaic,  # second while neither has run on a GPU
+    "mosaic_gpu": attention_mosaic,
     "xla": attention_reference,
 }
 
@@ -31,8 +31,9 @@ def decode_attention(
     """Causal attention to raw, refined and coarse pages, one softmax over all of them.
 
     Args:
-      q: bf16 or f16[sequences, queries, heads, dim], after RoPE, not scaled: the last
-        `query_lengths` tokens of each sequence, whose keys and values are in the cache.
+      q: bf16 or f16[sequences, queries, heads, dim] like the raw pages, or f32 (Triton's kernel
+        rounds them for raw pages), after RoPE, not scaled: the last `query_lengths` tokens of each
+        sequence, whose keys and values are in the cache.
       pools: of the cache.
       layer: i32[].
       lists: pages of the sequences.

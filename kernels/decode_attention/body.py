@@ -9,7 +9,8 @@ page, with codes C, steps s and zero points z:
     output   Oᵀ[dim, n] += C_Vᵀ · (s_V P) + z_V · (s_V P)         values per token: s_V into P
 
 so that codes are multiplied as they are unpacked, plus a constant that leaves with the zero points
-(`unpack.py`). Pages of one level are one loop. Shares are merged by their log-sum-exp (`merge.py`).
+(`unpack.py`). Pages of one level are one loop. Shares are merged by their log-sum-exp
+(`merge_kernel.py`).
 """
 
 import dataclasses
@@ -22,6 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kvcompress_jax.kernels.decode_attention.columns import (
+    Columns,
+    along_channels,
+    columns_of,
+)
 from kvcompress_jax.kernels.decode_attention.inputs import LIFT, MASKED
 from kvcompress_jax.kernels.decode_attention.unpack import (
     ABSENT_FINE_OFFSET,
@@ -32,6 +38,7 @@ from kvcompress_jax.kernels.decode_attention.unpack import (
     unpack_fine,
 )
 
+LN2 = 0.6931471805599453
 SINK_ROWS = 16  # the fewest rows of a tensor-core product
 
 Refs = Mapping[str, Any]
@@ -47,7 +54,9 @@ class Plan:
     half: int  # of dim
     fine_rows: int
     sink_tokens: int
-    columns: int  # queries of a tile
+    queries: int
+    group: int  # query heads of a KV head
+    columns: int  # queries times query heads of a tile
     splits: int
     heads: int
     scale: float  # of logits, log2(e) included
@@ -57,6 +66,11 @@ class Plan:
     sealed: bool  # whether there are sealed pages at all
     interpret: bool
     widest: int  # channels of a piece, at most
+
+    @property
+    def tiles(self) -> int:
+        """Of the queries of a sequence and KV head."""
+        return -(-self.queries * self.group // self.columns)
 
     @property
     def pieces(self) -> list[tuple[int, int]]:
@@ -77,12 +91,16 @@ class Plan:
 def attention_kernel(refs: Refs, plan: Plan) -> None:
     """The share of one program: refs by name, see `triton.py`."""
     split, place, row = (pl.program_id(axis) for axis in range(3))
-    tiles = refs["q"].shape[2] // plan.columns
-    head = place // tiles
-    tile = pl.ds((place % tiles) * plan.columns, plan.columns)
+    head, tile = lax.div(place, plan.tiles), lax.rem(place, plan.tiles)
+    columns = columns_of(
+        tile * plan.columns, plan.columns, head, queries=plan.queries, group=plan.group
+    )
     layer = refs["layer"][0]
-    position = refs["position"][row, tile]
-    q = [refs["q"][row, head, tile, pl.ds(start, width)] for start, width in plan.channels]
+    position = refs["length"][row] - refs["query_lengths"][row] + columns.query
+    q = [
+        plt.load(columns.at(refs["q"], row, start + lax.iota(jnp.int32, width)))
+        for start, width in plan.channels
+    ]
 
     def share(count: jax.Array) -> tuple[jax.Array, jax.Array]:
         return count * split // plan.splits, count * (split + 1) // plan.splits
@@ -92,29 +110,51 @@ def attention_kernel(refs: Refs, plan: Plan) -> None:
         jnp.zeros((plan.columns,), jnp.float32),
         tuple(jnp.zeros((width, plan.columns), jnp.float32) for _, width in plan.channels),
     )
+    where = (row, layer, head, pl.ds(tile * plan.columns, plan.columns))
     if plan.sealed:
         q32 = [x.astype(jnp.float32) * plan.scale for x in q]
-        where = (row, layer, head, tile)
-        refined, plain = refs["counts"][row, 0], refs["counts"][row, 1]
-        for fine, begin, count in ((True, 0, refined), (False, refined, plain)):
+        refined = refs["refined"][row] if plan.fine_rows else jnp.int32(0)
+        for fine, begin, count in ((True, 0, refined), (False, refined, refs["plain"][row])):
             if fine and not plan.fine_rows:
                 continue
             first, last = share(count)
             body = _sealed_page(refs, plan, q32, position, where, fine=fine)
             state = lax.fori_loop(begin + first, begin + last, body, state)
+    q = [x.astype(refs["raw"].dtype) for x in q]
     if plan.sink_tokens:
-        state = _sinks(refs, plan, q, position, (row, layer, head), state, split)
+        state = _sinks(refs, plan, q, position, where[:3], state, split)
     first, last = share(refs["raw_count"][row])
-    body = _raw_page(refs, plan, q, position, (row, layer, head, tile))
-    top, total, out = lax.fori_loop(first, last, body, state)
+    body = _raw_page(refs, plan, q, position, where)
+    _finish(refs, plan, columns, where, split, lax.fori_loop(first, last, body, state))
 
+
+def _finish(
+    refs: Refs,
+    plan: Plan,
+    columns: Columns,
+    where: tuple[Any, ...],
+    split: jax.Array,
+    state: State,
+) -> None:
+    """Writes the result, or the share of it that `merge_kernel.py` takes."""
+    row, _, head, _ = where
+    top, total, out = state
     some = total > 0
+    if plan.splits == 1:
+        some = some & (columns.query < refs["query_lengths"][row])
     divisor = jnp.where(some, total, 1.0)
+    lse = top - LIFT + jnp.log2(divisor)
     for (start, width), x in zip(plan.channels, out, strict=True):
-        refs["out"][row, head, split, pl.ds(start, width), tile] = (x / divisor[None, :]).astype(
-            refs["out"].dtype
-        )
-    refs["lse"][row, head, split, tile] = jnp.where(some, top - LIFT + jnp.log2(divisor), MASKED)
+        mean = jnp.where(some[None, :], x / divisor[None, :], 0.0).T.astype(refs["out"].dtype)
+        channel = start + lax.iota(jnp.int32, width)
+        there = columns.at(refs["out"], row, channel)
+        if plan.splits > 1:
+            there = refs["out"].at[row, head, split, *along_channels(channel, columns.column)]
+        plt.store(there, mean)
+    if plan.splits > 1:
+        plt.store(refs["lse"].at[row, head, split, columns.column], jnp.where(some, lse, MASKED))
+    else:
+        plt.store(columns.at(refs["lse"], row), jnp.where(some, lse * LN2, -jnp.inf))
 
 
 def _sealed_page(
@@ -196,7 +236,8 @@ def _sealed_page(
         s = _capped(s, plan)
         mask = None
         if plan.sink_tokens:  # the first slots of the first page are kept exactly elsewhere
-            coded = slot >= refs["skip"][row, i]
+            exact = (refs["index"][row, i] == 0) & (refs["sink"][row] >= 0)
+            coded = slot >= exact.astype(jnp.int32) * plan.sink_tokens
             mask = jnp.broadcast_to(coded[:, None], s.shape)
         if plan.window:
             order = refs["order"][layer, page, head, pl.ds(0, plan.page_size)].astype(jnp.int32)

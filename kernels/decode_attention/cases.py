@@ -94,16 +94,17 @@ def candidates(op: str, page_size: int, dim: int) -> list[Tuning]:
     warps = [
         {key: default[key] * by // 2 for key in ("num_warps", "num_warps_wide")}
         for by in (1, 4)
-        if default["num_warps"] * by >= 2 and default["num_warps_wide"] * by <= 16
+        if min(default["num_warps"], default["num_warps_wide"]) * by >= 2
+        and default["num_warps_wide"] * by <= 16
     ]
     changes: list[dict[str, int]] = [
         *warps,
-        *({"num_stages": stages} for stages in (2, 4)),
+        *({"num_stages": stages} for stages in (2, 3, 4)),
         *({"programs": programs} for programs in (512, 2048)),
         {"widest": 32},
-        {"columns": 8},
+        *({"columns": default["columns"] * by // 2} for by in (1, 4)),
     ]
-    return [default | change for change in changes]
+    return [default | change for change in changes if default | change != default]
 
 
 def _example(

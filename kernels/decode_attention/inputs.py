@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kvcompress_jax.kernels.pools import CodePools
 
@@ -47,24 +48,30 @@ class PageLists:
     length: jax.Array  # i32[sequences], tokens, those of the queries included
 
 
-def refuse_dtypes(q: jax.Array, pools: AttentionPools) -> None:
-    """Raises NotImplementedError for numbers that no kernel multiplies."""
+def refuse_dtypes(q: jax.Array, pools: AttentionPools, *, float32: bool) -> None:
+    """Raises NotImplementedError for numbers that no kernel multiplies.
+
+    `float32`: whether queries may be float32 beside shorter keys.
+    """
     dtype = pools.raw.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"raw: expected bfloat16 or float16, got {dtype}")
-    if q.dtype != dtype:
-        raise NotImplementedError(f"q: expected {dtype} like the raw pages, got {q.dtype}")
+    if q.dtype != dtype and not (float32 and q.dtype == jnp.float32):
+        wanted = f"{dtype} like the raw pages" + (" or float32" if float32 else "")
+        raise NotImplementedError(f"q: expected {wanted}, got {q.dtype}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Pages of one kind with those that are read first; fields i32[sequences, columns]."""
+    """Pages of one kind in the order in which they are read."""
 
-    ids: jax.Array
-    index: jax.Array
-    column: jax.Array  # where the page stands in the caller's list
-    chunk: jax.Array  # fine chunk, -1: none
-    counts: jax.Array  # i32[sequences, 2]: refined pages, which come first, and plain ones
+    ids: jax.Array  # i32[sequences, columns]
+    index: jax.Array  # likewise
+    column: jax.Array  # likewise: where the page stands in the caller's list
+    chunk: jax.Array | None  # likewise, fine chunk; refined pages come first. None: no page has one
+    refined: jax.Array | None  # i32[sequences]: so many
+    plain: jax.Array  # i32[sequences]: pages without a fine chunk, which come next
+    read: jax.Array  # bool[sequences, columns], in the caller's order
 
 
 def group_pages(
@@ -77,6 +84,7 @@ def group_pages(
     oldest: jax.Array | None,
 ) -> Groups:
     """Sorts the pages of each sequence by level: a loop over pages of one level has no branch.
+    Where all have the same level and none is left out, they stay as they are.
 
     Args:
       ids, index, count: of `PageLists`.
@@ -84,18 +92,21 @@ def group_pages(
       page_size: tokens of a page.
       oldest: i32[sequences]: pages with only older tokens are left out. None: there are none.
     """
-    columns = jnp.arange(ids.shape[1], dtype=jnp.int32)
-    live = columns[None, :] < count[:, None]
+    column = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
+    read = column < count[:, None]
+    if fine_of is None and oldest is None:
+        return Groups(ids, index, column, chunk=None, refined=None, plain=count, read=read)
     if oldest is not None:
-        live = live & ((index + 1) * page_size > oldest[:, None])
-    chunk = jnp.full(ids.shape, -1, jnp.int32)
-    if fine_of is not None:
-        chunk = jnp.where(live, fine_of[jnp.where(live, ids, 0)], -1)
-    kind = jnp.where(live, jnp.where(chunk >= 0, 0, 1), 2)
-    column = jnp.argsort(kind, axis=1, stable=True).astype(jnp.int32)
-
-    def take(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, column, axis=1)
-
-    counts = jnp.stack([jnp.sum(kind == k, axis=1, dtype=jnp.int32) for k in (0, 1)], axis=1)
-    return Groups(take(ids), take(index), column, take(chunk), counts)
+        read = read & ((index + 1) * page_size > oldest[:, None])
+    if fine_of is None:
+        kind = jnp.where(read, 1, 2)
+        _, ids, index, column = lax.sort((kind, ids, index, column), num_keys=1, is_stable=True)
+        plain = jnp.sum(read, axis=1, dtype=jnp.int32)
+        return Groups(ids, index, column, chunk=None, refined=None, plain=plain, read=read)
+    chunk = jnp.where(read, fine_of[jnp.where(read, ids, 0)], -1)
+    kind = jnp.where(read, jnp.where(chunk >= 0, 0, 1), 2)
+    _, ids, index, column, sorted_chunk = lax.sort(
+        (kind, ids, index, column, chunk), num_keys=1, is_stable=True
+    )
+    refined, plain = (jnp.sum(kind == k, axis=1, dtype=jnp.int32) for k in (0, 1))
+    return Groups(ids, index, column, sorted_chunk, refined, plain, read)

@@ -1,4 +1,4 @@
-"""Shares of the attention of a sequence into one, and what pages received."""
+"""Shares of the attention of a sequence into one, in plain JAX, and what pages received."""
 
 from collections.abc import Mapping
 
@@ -11,44 +11,33 @@ LN2 = 0.6931471805599453
 
 
 def merge(
-    shares: Mapping[str, jax.Array],
-    q: jax.Array,
-    *,
-    kv_heads: int,
-    query_lengths: jax.Array,
-    past: Groups | None,
-    recent: Groups,
-    columns: tuple[int, int],
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """The results of `decode_attention` from what the programs of its kernel left.
+    out: jax.Array, lse: jax.Array, q: jax.Array, *, query_lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp of `decode_attention`.
 
     Args:
-      shares: out [rows, kv_heads, splits, dim, width], lse (of base 2, very negative where
-        nothing was seen) f32[rows, kv_heads, splits, width]; and for the mass page_lse f32[rows,
-        kv_heads, max_sealed, width] and logits f32[rows, kv_heads, max_raw, page_size, width],
-        where only pages that were read are written.
-      q: the queries.
-      kv_heads: of the cache.
+      out: f32[rows, kv_heads, splits, dim, columns], columns being queries times query heads of a
+        KV head, or more.
+      lse: f32[rows, kv_heads, splits, columns], of base 2; very negative where nothing was seen.
+      q: the queries, for their shape and dtype.
       query_lengths: i32[rows].
-      past, recent: sealed and raw pages in the order in which they were read.
-      columns: max_sealed and max_raw.
     """
     rows, queries, all_heads, _ = q.shape
+    kv_heads = lse.shape[1]
     group = all_heads // kv_heads
     n = queries * group
     real = jnp.arange(queries, dtype=jnp.int32)[None, :] < query_lengths[:, None]
     real = jnp.repeat(real, group, axis=1)[:, None, :]  # [rows, 1, n]
-    lse = shares["lse"][..., :n]
+    lse = lse[..., :n]
     top = jnp.max(lse, axis=2)
     weight = jnp.exp2(lse - top[:, :, None])
     weight = jnp.where(lse > -1e29, weight, 0.0)
     total = jnp.sum(weight, axis=2)
     some = real & (total > 0)
     total = jnp.where(some, total, 1.0)
-    parts = shares["out"].astype(jnp.float32)
-    out = jnp.sum(parts[..., :n] * weight[:, :, :, None, :], axis=2) / total[:, :, None]
-    out = jnp.where(some[:, :, None], out, 0.0)  # [rows, kv_heads, dim, n]
-    both = jnp.where(some, top + jnp.log2(total), -jnp.inf)
+    merged = jnp.sum(out[..., :n] * weight[:, :, :, None, :], axis=2) / total[:, :, None]
+    merged = jnp.where(some[:, :, None], merged, 0.0)  # [rows, kv_heads, dim, n]
+    both = jnp.where(some, (top + jnp.log2(total)) * LN2, -jnp.inf)
 
     def by_query(x: jax.Array) -> jax.Array:
         """[rows, kv_heads, ..., n] to [rows, queries, heads, ...]."""
@@ -56,29 +45,44 @@ def merge(
         x = x.reshape(rows, kv_heads, queries, group, *x.shape[3:])
         return jnp.moveaxis(x, 1, 2).reshape(rows, queries, all_heads, *x.shape[4:])
 
-    mass = None
-    if "page_lse" in shares:
-        against = jnp.where(some, both, jnp.inf)
+    return by_query(merged).astype(q.dtype), by_query(both)
 
-        def received(logits: jax.Array, groups: Groups | None, count: int) -> jax.Array:
-            """Of pages, summed over queries: from [rows, kv_heads, columns, ..., width]."""
-            if groups is None or not count:
-                return jnp.zeros((*logits.shape[:2], count, *logits.shape[3:-1]), jnp.float32)
-            read = (
-                jnp.arange(count, dtype=jnp.int32)[None, :]
-                < jnp.sum(groups.counts, axis=1)[:, None]
-            )
-            was_read = jnp.put_along_axis(
-                jnp.zeros(read.shape, bool), groups.column, read, axis=1, inplace=False
-            )
-            extra = (1,) * (logits.ndim - 4)
-            was_read = was_read.reshape(rows, 1, count, *extra, 1)
-            level = against.reshape(rows, kv_heads, 1, *extra, n)
-            weight = jnp.exp2(jnp.where(was_read, logits[..., :n], -jnp.inf) - level)
-            return jnp.sum(jnp.where(was_read, weight, 0.0), axis=-1)
 
-        mass = (
-            received(shares["page_lse"], past, columns[0]),
-            received(shares["logits"], recent, columns[1]),
-        )
-    return by_query(out).astype(q.dtype), by_query(both * LN2), mass
+def received_mass(
+    shares: Mapping[str, jax.Array],
+    lse: jax.Array,
+    *,
+    past: Groups | None,
+    recent: Groups,
+    columns: tuple[int, int],
+) -> tuple[jax.Array, jax.Array]:
+    """What pages and raw tokens received, as `decode_attention` returns it.
+
+    Args:
+      shares: page_lse f32[rows, kv_heads, max_sealed, columns] and logits f32[rows, kv_heads,
+        max_raw, page_size, columns], of base 2, where only pages that were read are written.
+      lse: f32[rows, queries, heads], of all.
+      past, recent: sealed and raw pages.
+      columns: max_sealed and max_raw.
+    """
+    rows, queries, all_heads = lse.shape
+    kv_heads = shares["page_lse"].shape[1]
+    group = all_heads // kv_heads
+    level = jnp.where(lse > -jnp.inf, lse / LN2, jnp.inf)
+    level = level.reshape(rows, queries, kv_heads, group).swapaxes(1, 2)
+    level = level.reshape(rows, kv_heads, queries * group)
+
+    def received(logits: jax.Array, groups: Groups | None, count: int) -> jax.Array:
+        """Summed over queries: from [rows, kv_heads, columns, ..., n]."""
+        if groups is None or not count:
+            return jnp.zeros((*logits.shape[:2], count, *logits.shape[3:-1]), jnp.float32)
+        extra = (1,) * (logits.ndim - 4)
+        read = groups.read.reshape(rows, 1, count, *extra, 1)
+        against = level.reshape(rows, kv_heads, 1, *extra, queries * group)
+        weight = jnp.exp2(logits[..., : queries * group] - against)
+        return jnp.sum(jnp.where(read, weight, 0.0), axis=-1)
+
+    return (
+        received(shares["page_lse"], past, columns[0]),
+        received(shares["logits"], recent, columns[1]),
+    )

@@ -14,8 +14,12 @@ from kvcompress_jax.kernels.decode_attention.inputs import (
     PageLists,
     refuse_dtypes,
 )
-from kvcompress_jax.kernels.decode_attention.merge import merge
-from kvcompress_jax.kernels.decode_attention.queries import list_pages, tile_queries
+from kvcompress_jax.kernels.decode_attention.merge import merge, received_mass
+from kvcompress_jax.kernels.decode_attention.queries import (
+    list_pages,
+    sliding_window,
+    tile_queries,
+)
 from kvcompress_jax.kernels.decode_attention.sinks import sinks_share
 
 OLDEST_JAX = (0, 12)
@@ -65,6 +69,7 @@ def attention_mosaic(
         page_size=page_size,
         half=half,
         fine_rows=fine_rows,
+        sink_tokens=pools.sink_tokens,
         columns=columns,
         splits=max(1, min(-(-programs // (rows * heads)), pages)),
         heads=heads,
@@ -80,11 +85,13 @@ def attention_mosaic(
         raw_stages=_stages(64 * 2 * dim * raw.dtype.itemsize),
         interpret=interpret,
     )
-    tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, window=window, tile=columns)
-    listed = list_pages(pools, lists, layer, tiled, sealed=plan.sealed)
+    seen = sliding_window(window, lists, query_lengths)
+    tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, tile=columns)
+    listed = list_pages(pools, lists, layer, seen, sealed=plan.sealed, mass=return_mass)
     inputs = listed.arrays | {"raw": raw.reshape(-1, page_size, dim)}
+    inputs |= {"q": tiled.q, "position": tiled.position}
     if pools.sink_tokens:
-        inputs |= sinks_share(pools, lists, layer, tiled, scale=plan.scale, cap=plan.cap)
+        inputs |= sinks_share(pools, lists, layer, tiled, seen, scale=plan.scale, cap=plan.cap)
     if plan.sealed:
         inputs |= {
             "base_keys": codes.base.reshape(-1, page_size, half),
@@ -125,15 +132,18 @@ def attention_mosaic(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*inputs.values())
-    return merge(
-        dict(zip(outputs, results, strict=True)),
-        q,
-        kv_heads=heads,
-        query_lengths=query_lengths,
-        past=listed.past,
-        recent=listed.recent,
-        columns=(lists.sealed.shape[1], lists.raw.shape[1]),
-    )
+    shares = dict(zip(outputs, results, strict=True))
+    out, lse = merge(shares["out"], shares["lse"], q, query_lengths=query_lengths)
+    mass = None
+    if plan.mass:
+        mass = received_mass(
+            shares,
+            lse,
+            past=listed.past,
+            recent=listed.recent,
+            columns=(lists.sealed.shape[1], lists.raw.shape[1]),
+        )
+    return out, lse, mass
 
 
 def _stages(nbytes: int) -> int:
@@ -150,7 +160,7 @@ def _refuse(q: jax.Array, pools: AttentionPools, *, interpret: bool) -> None:
         found = "".join(map(str, capability))
         raise NotImplementedError(f"device: expected sm_90 or newer, got sm_{found}")
     heads, page_size, dim = pools.raw.shape[3:]
-    refuse_dtypes(q, pools)
+    refuse_dtypes(q, pools, float32=False)
     if page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size: expected one of {PAGE_SIZES}, got {page_size}")
     if dim not in MOST_COLUMNS:

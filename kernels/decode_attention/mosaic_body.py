@@ -52,6 +52,7 @@ class Plan:
     page_size: int
     half: int  # of dim
     fine_rows: int  # 0: there are no fine planes
+    sink_tokens: int
     columns: int  # queries
     splits: int
     heads: int
@@ -99,7 +100,8 @@ def attention_kernel(refs: Refs, plan: Plan) -> None:
 
     state = _first(refs, plan, here, split)
     if plan.sealed:
-        refined, plain = refs["counts"][row, 0], refs["counts"][row, 1]
+        refined = refs["refined"][row] if plan.fine_rows else jnp.int32(0)
+        plain = refs["plain"][row]
         for fine, begin, count in ((True, 0, refined), (False, refined, plain)):
             if plan.fine_rows or not fine:
                 first, pages = share(count)
@@ -188,8 +190,9 @@ def _sealed_pages(
             s = s + (jnp.where(slot < plan.fine_rows, more, 0.0) if padded else more)
         s = _capped(s, plan)
         mask = None
-        if "skip" in refs:  # the first slots of the first page are kept exactly elsewhere
-            mask = slot >= refs["skip"][here.row, i]
+        if plan.sink_tokens:  # the first slots of the first page are kept exactly elsewhere
+            exact = (refs["index"][here.row, i] == 0) & (refs["sink"][here.row] >= 0)
+            mask = slot >= jnp.where(exact, plan.sink_tokens, 0)
         if plan.window:
             order = load(page["order"], acc.reduce(1)).astype(jnp.int32)
             token = refs["index"][here.row, i] * page_size + order

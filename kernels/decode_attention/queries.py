@@ -1,4 +1,4 @@
-"""Queries and lists of pages, laid out for kernels: what all of them take alike."""
+"""Lists of pages, and queries in tiles, laid out for kernels."""
 
 import dataclasses
 import functools
@@ -15,42 +15,22 @@ from kvcompress_jax.kernels.decode_attention.inputs import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiled:
-    """Columns are the queries of a sequence times the query heads of a KV head, padded to whole
-    tiles."""
+class Window:
+    """A sliding window, as kernels see it."""
 
-    q: jax.Array  # [sequences, kv_heads, columns, dim]
-    position: jax.Array  # i32[sequences, columns]
-    span: jax.Array  # i32[1], the window, or 0
-    oldest: jax.Array | None  # i32[sequences], of tokens in the window; None: there is no window
+    span: jax.Array  # i32[1], tokens; 0: everything
+    oldest: jax.Array  # i32[sequences], the first token that a query may see
 
 
-def tile_queries(
-    q: jax.Array,
-    lists: PageLists,
-    query_lengths: jax.Array,
-    *,
-    kv_heads: int,
-    window: jax.Array | int | None,
-    tile: int,
-) -> Tiled:
-    """Of q [sequences, queries, heads, dim], in tiles of so many columns."""
-    rows, queries, all_heads, dim = q.shape
-    group = all_heads // kv_heads
-    n = queries * group
-    padding = -n % tile
+def sliding_window(
+    window: jax.Array | int | None, lists: PageLists, query_lengths: jax.Array
+) -> Window | None:
+    """Of the window of `decode_attention`; None: there is none."""
+    if window is None:
+        return None
+    span = jnp.asarray(window, jnp.int32).reshape(1)
     first_query = lists.length - query_lengths
-    position = first_query[:, None] + jnp.arange(queries, dtype=jnp.int32)[None, :]
-    position = jnp.pad(jnp.repeat(position, group, axis=1), ((0, 0), (0, padding)))
-    packed = q.reshape(rows, queries, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
-    packed = packed.reshape(rows, kv_heads, n, dim)
-    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    oldest = None
-    span = jnp.zeros((1,), jnp.int32)
-    if window is not None:
-        span = jnp.asarray(window, jnp.int32).reshape(1)
-        oldest = jnp.where(span > 0, first_query - span + 1, 0)
-    return Tiled(packed, position, span, oldest)
+    return Window(span, jnp.where(span > 0, first_query - span + 1, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,42 +46,70 @@ def list_pages(
     pools: AttentionPools,
     lists: PageLists,
     layer: jax.Array | int,
-    tiled: Tiled,
+    window: Window | None,
     *,
     sealed: bool,
+    mass: bool,
 ) -> Listed:
     """What says where a kernel reads.
 
     Args:
       pools, lists, layer: of `decode_attention`.
-      tiled: the queries.
+      window: the sliding window.
       sealed: whether there are sealed pages at all.
+      mass: whether the kernel says what each page received.
     """
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     page_size = pools.raw.shape[4]
-    grouped = functools.partial(group_pages, page_size=page_size, oldest=tiled.oldest)
+    oldest = None if window is None else window.oldest
+    grouped = functools.partial(group_pages, page_size=page_size, oldest=oldest)
     recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None)
     arrays = {
         "layer": layer,
-        "q": tiled.q,
-        "position": tiled.position,
         "length": lists.length,
-        "span": tiled.span,
         "raw_ids": recent.ids,
         "raw_index": recent.index,
-        "raw_column": recent.column,
-        "raw_count": recent.counts[:, 1],
+        "raw_count": recent.plain,
     }
+    if mass:
+        arrays |= {"raw_column": recent.column}
+    if window is not None:
+        arrays |= {"span": window.span}
     if not sealed:
         return Listed(arrays, None, recent)
     fine_of = pools.fine_of[layer[0]] if pools.codes.fine_rows else None
     past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
-    arrays |= {"ids": past.ids, "column": past.column, "counts": past.counts}
-    if pools.sink_tokens:
-        exact = (past.index == 0) & (lists.sink >= 0)[:, None]
-        arrays |= {"skip": jnp.where(exact, pools.sink_tokens, 0)}
-    if tiled.oldest is not None:
+    arrays |= {"ids": past.ids, "plain": past.plain}
+    if mass:
+        arrays |= {"column": past.column}
+    if pools.sink_tokens or window is not None:
         arrays |= {"index": past.index}
-    if fine_of is not None:
-        arrays |= {"chunk": past.chunk}
+    if pools.sink_tokens:
+        arrays |= {"sink": lists.sink}
+    if past.chunk is not None and past.refined is not None:
+        arrays |= {"chunk": past.chunk, "refined": past.refined}
     return Listed(arrays, past, recent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled:
+    """Columns are the queries of a sequence times the query heads of a KV head, padded to whole
+    tiles."""
+
+    q: jax.Array  # [sequences, kv_heads, columns, dim]
+    position: jax.Array  # i32[sequences, columns]
+
+
+def tile_queries(
+    q: jax.Array, lists: PageLists, query_lengths: jax.Array, *, kv_heads: int, tile: int
+) -> Tiled:
+    """Of q [sequences, queries, heads, dim], in tiles of so many columns."""
+    rows, queries, all_heads, dim = q.shape
+    group = all_heads // kv_heads
+    n = queries * group
+    padding = -n % tile
+    position = (lists.length - query_lengths)[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
+    position = jnp.pad(jnp.repeat(position, group, axis=1), ((0, 0), (0, padding)))
+    packed = q.reshape(rows, queries, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
+    packed = packed.reshape(rows, kv_heads, n, dim)
+    return Tiled(jnp.pad(packed, ((0, 0), (0, 0), (0, padding), (0, 0))), position)

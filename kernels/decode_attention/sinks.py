@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.kernels.decode_attention.inputs import MASKED, AttentionPools, PageLists
-from kvcompress_jax.kernels.decode_attention.queries import Tiled
+from kvcompress_jax.kernels.decode_attention.queries import Tiled, Window
 
 
 def sinks_share(
@@ -12,6 +12,7 @@ def sinks_share(
     lists: PageLists,
     layer: jax.Array | int,
     tiled: Tiled,
+    window: Window | None,
     *,
     scale: float,
     cap: float | None,
@@ -22,6 +23,7 @@ def sinks_share(
       pools: with at least one sink token.
       lists, layer: of `decode_attention`.
       tiled: the queries.
+      window: the sliding window.
       scale: of the logits, log2(e) included; cap: the soft cap, in the same units.
 
     Returns:
@@ -35,8 +37,8 @@ def sinks_share(
     keys, values = (jnp.where(kept, kv[:, kind], 0.0) for kind in (0, 1))
     position = tiled.position[:, None, None, :]
     seen = kept & (token <= position)
-    if tiled.oldest is not None:
-        seen = seen & ((tiled.span[0] <= 0) | (position - token < tiled.span[0]))
+    if window is not None:
+        seen = seen & ((window.span[0] <= 0) | (position - token < window.span[0]))
     # Sums of products, no matrix products: those would be calls of a library, and less exact.
     q = tiled.q.astype(jnp.float32) * scale
     s = jnp.sum(keys[:, :, :, None, :] * q[:, :, None, :, :], axis=-1)  # [.., tokens, columns]

@@ -13,8 +13,9 @@ from kvcompress_jax.kernels.decode_attention.inputs import (
     PageLists,
     refuse_dtypes,
 )
-from kvcompress_jax.kernels.decode_attention.merge import merge
-from kvcompress_jax.kernels.decode_attention.queries import list_pages, tile_queries
+from kvcompress_jax.kernels.decode_attention.merge import received_mass
+from kvcompress_jax.kernels.decode_attention.merge_kernel import merge_triton
+from kvcompress_jax.kernels.decode_attention.queries import list_pages, sliding_window
 from kvcompress_jax.kernels.pools import check_addressable
 from kvcompress_jax.kernels.tuning import Tuning, find_tuning
 
@@ -38,9 +39,10 @@ def attention_triton(
 
     Args:
       op: whose settings are looked up.
-      tuning: num_warps of tiles of 8 queries, and num_warps_wide of wider ones, which need more
-        registers; num_stages, `programs` to split the work into, `columns` of a tile (a
-        power of two), `widest` piece of channels. None: what suits the shape and the device.
+      tuning: num_warps of tiles of 8 queries, num_warps_raw of them where no page is sealed, and
+        num_warps_wide of wider ones, which need more registers; num_stages, `programs` to split
+        the work into, programs_raw where no page is sealed, `columns` of a tile (a power of two),
+        `widest` piece of channels. None: what suits the shape and the device.
       interpret: run it in JAX on any device.
     """
     rows, queries, all_heads, dim = q.shape
@@ -53,12 +55,15 @@ def attention_triton(
     tile = min(tuning["columns"], max(8, 1 << (n - 1).bit_length()))
     tiles = -(-n // tile)
     pages = max(lists.sealed.shape[1] + lists.raw.shape[1], 1)
-    splits = -(-tuning["programs"] // (rows * heads * tiles))
+    sealed = bool(codes.base.shape[1] and lists.sealed.shape[1])
+    splits = -(-tuning["programs" if sealed else "programs_raw"] // (rows * heads * tiles))
     plan = Plan(
         page_size=page_size,
         half=dim // 2,
         fine_rows=codes.fine_rows,
         sink_tokens=pools.sink_tokens,
+        queries=queries,
+        group=group,
         columns=tile,
         splits=max(1, min(splits, pages)),
         heads=heads,
@@ -66,14 +71,19 @@ def attention_triton(
         cap=None if soft_cap is None else soft_cap * math.log2(math.e),
         window=window is not None,
         mass=return_mass,
-        sealed=bool(codes.base.shape[1] and lists.sealed.shape[1]),
+        sealed=sealed,
         interpret=interpret,
         widest=tuning["widest"],
     )
-
-    tiled = tile_queries(q, lists, query_lengths, kv_heads=heads, window=window, tile=tile)
-    listed = list_pages(pools, lists, layer, tiled, sealed=plan.sealed)
-    inputs = listed.arrays | {"raw": raw}
+    listed = list_pages(
+        pools,
+        lists,
+        layer,
+        sliding_window(window, lists, query_lengths),
+        sealed=plan.sealed,
+        mass=return_mass,
+    )
+    inputs = listed.arrays | {"q": q, "query_lengths": query_lengths, "raw": raw}
     if plan.sink_tokens:
         inputs |= {"sinks": pools.sinks, "sink": lists.sink}
     if plan.sealed:
@@ -91,12 +101,14 @@ def attention_triton(
     check_addressable(**inputs)
 
     width = tiles * tile
-    # One share needs no merging, and can be as short as the result.
-    dtype = jnp.float32 if plan.splits > 1 else q.dtype
     outputs = {
-        "out": jax.ShapeDtypeStruct((rows, heads, plan.splits, dim, width), dtype),
-        "lse": jax.ShapeDtypeStruct((rows, heads, plan.splits, width), jnp.float32),
+        "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
+        "lse": jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
     }
+    if plan.splits > 1:
+        shape = (rows, heads, plan.splits, n)
+        outputs["out"] = jax.ShapeDtypeStruct((*shape, dim), jnp.float32)
+        outputs["lse"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if plan.mass:
         columns, recents = lists.sealed.shape[1], lists.raw.shape[1]
         shape = (rows, heads, max(columns, 1), width)
@@ -113,24 +125,35 @@ def attention_triton(
         out_specs=[somewhere] * len(outputs),
         out_shape=list(outputs.values()),
         compiler_params=plt.CompilerParams(
-            num_warps=tuning["num_warps" if tile <= 8 else "num_warps_wide"],
-            num_stages=tuning["num_stages"],
+            num_warps=tuning[_warps(plan)], num_stages=tuning["num_stages"]
         ),
         interpret=interpret,
     )(*inputs.values())
-    return merge(
-        dict(zip(outputs, results, strict=True)),
-        q,
-        kv_heads=heads,
-        query_lengths=query_lengths,
-        past=listed.past,
-        recent=listed.recent,
-        columns=(lists.sealed.shape[1], lists.raw.shape[1]),
-    )
+    shares = dict(zip(outputs, results, strict=True))
+    out, lse = shares["out"], shares["lse"]
+    if plan.splits > 1:
+        out, lse = merge_triton(out, lse, q, query_lengths=query_lengths, interpret=interpret)
+    mass = None
+    if plan.mass:
+        mass = received_mass(
+            shares,
+            lse,
+            past=listed.past,
+            recent=listed.recent,
+            columns=(lists.sealed.shape[1], lists.raw.shape[1]),
+        )
+    return out, lse, mass
+
+
+def _warps(plan: Plan) -> str:
+    """The setting that says how many a program has."""
+    if plan.columns > 8:
+        return "num_warps_wide"
+    return "num_warps" if plan.sealed else "num_warps_raw"
 
 
 def _refuse(q: jax.Array, pools: AttentionPools, dim: int) -> None:
-    refuse_dtypes(q, pools)
+    refuse_dtypes(q, pools, float32=True)
     if dim % 32:
         raise NotImplementedError(f"dim: expected a multiple of 32, got {dim}")
     if pools.sink_tokens > SINK_ROWS:

@@ -82,8 +82,25 @@ def _example(page_size: int, dim: int, fine_rows: int, n: int) -> tuple[Any, ...
         dim=dim,
         fine_rows=fine_rows,
     )
-    slots = jnp.broadcast_to(jnp.arange(page_size, dtype=jnp.uint8), pools.order.shape)
-    pools = dataclasses.replace(pools, order=slots)  # a token has one place
+    keys = iter(jax.random.split(jax.random.key(0), 7))
+
+    def planes(x: jax.Array) -> jax.Array:
+        return jax.random.bits(next(keys), x.shape, jnp.uint8)
+
+    def within(x: jax.Array, low: float, high: float) -> jax.Array:
+        return jax.random.uniform(next(keys), x.shape, x.dtype, low, high)
+
+    order = jnp.argsort(jax.random.bits(next(keys), pools.order.shape), axis=-1)
+    pools = dataclasses.replace(
+        pools,
+        base=planes(pools.base),
+        fine=planes(pools.fine),
+        key_step=within(pools.key_step, 0.1, 0.3),
+        key_zero=within(pools.key_zero, -8.5, -6.5),
+        value_step=within(pools.value_step, 0.1, 0.3),
+        value_zero=within(pools.value_zero, -8.5, -6.5),
+        order=order.astype(jnp.uint8),  # a token has one place
+    )
     chunks = jnp.arange(n * LAYERS, dtype=jnp.int32).reshape(n, LAYERS)
     pages = jnp.arange(n, dtype=jnp.int32)
     return pools, pages, chunks if fine_rows else jnp.full_like(chunks, -1), jnp.int32(n)

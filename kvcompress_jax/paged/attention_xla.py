@@ -22,8 +22,8 @@ from kvcompress_jax.paged.table import PageTable
 # Numbers that the keys of one block hold. On a CPU what a block needs should stay in the caches of
 # a core: with half a MiB of float32 keys decode takes half the time that it takes with 4 MiB. Other
 # devices pay for every pass of a loop.
-BLOCK_NUMBERS = 1 << 20
-BLOCK_NUMBERS_CPU = 1 << 17
+BLOCK_NUMBERS = 1 << 23
+BLOCK_NUMBERS_CPU, MOST_NUMBERS_CPU = 1 << 17, 1 << 20
 # A pass reads and writes the running sums; with many queries they are larger than such a block.
 BLOCKS_PER_STATE = 4
 MASKED = -1e30  # finite: the difference of two of them is 0, not NaN
@@ -194,7 +194,8 @@ def pages_at_once(
     of_token = rows * layout.kv_heads * layout.head_dim
     numbers = BLOCK_NUMBERS
     if (platform or jax.default_backend()) == "cpu":
-        numbers = min(max(BLOCK_NUMBERS_CPU, BLOCKS_PER_STATE * queries * of_token), numbers)
+        of_state = BLOCKS_PER_STATE * queries * of_token
+        numbers = min(max(BLOCK_NUMBERS_CPU, of_state), MOST_NUMBERS_CPU)
     return _power_of_two_below(numbers // (of_token * layout.page_size))
 
 

@@ -22,7 +22,15 @@ from tests.paged.test_attention import judge
 # Weights and folded queries are rounded to float16 (2**-11 each, of logits up to 16 here), raw ones
 # and the output to the cache's dtype.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-9}
-TUNING = {"num_warps": 2, "num_stages": 2, "columns": 8, "programs": 8, "widest": 32}
+TUNING = {
+    "num_warps": 2,
+    "num_warps_raw": 2,
+    "num_stages": 2,
+    "columns": 8,
+    "programs": 8,
+    "programs_raw": 4,
+    "widest": 32,
+}
 # page size, dim, group, queries, dtype, ratio of refined tokens, options
 CASES = {
     "page16": (16, 64, 4, 1, "bfloat16", 0.5, {}),
@@ -31,6 +39,7 @@ CASES = {
     "prefill": (16, 64, 2, 6, "bfloat16", 0.25, {}),
     "one-head": (16, 128, 1, 1, "bfloat16", 0.5, {}),
     "sixteen-heads": (16, 256, 16, 1, "float16", 0.5, {}),
+    "float32-queries": (16, 64, 5, 3, "bfloat16", 0.5, {"queries_dtype": "float32"}),
 }
 
 
@@ -50,10 +59,12 @@ def run(batch, q, query_lengths, scale, *, kernel, **options):
 def check_kernels(case, kernels, *, pages):
     """Judges kernels on two sequences, the longer one of nearly so many pages."""
     page_size, dim, group, queries, dtype, ratio, options = case
+    options = dict(options)
+    queries_dtype = options.pop("queries_dtype", dtype)
     config = CompressionConfig(page_size=page_size, window_tokens=page_size, ratio=ratio)
     batch = make_batch(config, [5, pages * page_size - 3], head_dim=dim, dtype=dtype)
     q = jax.random.normal(jax.random.key(7), (2, queries, 2 * group, dim), jnp.float32)
-    q = q.astype(jnp.dtype(dtype))
+    q = q.astype(jnp.dtype(queries_dtype))
     lengths, scale = [1, queries], dim**-0.5 / 4  # the outlier channel makes large logits
     judged = {"layer": 1, "query_lengths": lengths, "scale": scale} | options
     for kernel in kernels:
