@@ -1,10 +1,11 @@
 """Time of a decode step's attention to a cache of random pages, on the device at hand."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.lab.timing import median_seconds
@@ -73,31 +74,49 @@ def random_cache(
     )
 
 
+def attention_step(
+    implementation: str | None = None, *, rounds: int = 1
+) -> Callable[[jax.Array, PagedCache, PageTable], jax.Array]:
+    """A decode step's attention: to all layers of a cache, one after the other, as a decoder does.
+
+    Args:
+      implementation: of `attend`.
+      rounds: how often it attends to all of them, as if there were so many times the layers.
+
+    Returns:
+      A function of queries [sequences, 1, heads, dim], a cache and a table.
+    """
+
+    def step(q: jax.Array, cache: PagedCache, table: PageTable) -> jax.Array:
+        def body(layer: jax.Array, q: jax.Array) -> jax.Array:
+            layer = lax.rem(layer, jnp.int32(layers))
+            out, _, _ = attend(q, cache, layer, table, implementation=implementation)
+            return q + out  # the next layer has to wait
+
+        layers = cache.layout.layers
+        return lax.fori_loop(0, rounds * layers, body, q)
+
+    return step
+
+
+def random_queries(layout: CacheLayout, *, sequences: int, heads: int) -> jax.Array:
+    """Of the newest token of each sequence, [sequences, 1, heads, dim]."""
+    shape = (sequences, 1, heads, layout.head_dim)
+    return jax.random.normal(jax.random.key(1), shape, layout.jax_dtype)
+
+
 def attention_seconds(
-    cache: PagedCache,
-    table: PageTable,
-    *,
-    heads: int,
-    implementation: str | None = None,
-    repeats: int = 5,
-    calls: int = 1,
+    cache: PagedCache, table: PageTable, *, heads: int, repeats: int = 5
 ) -> float:
-    """Median time of one decode step's attention of layer 0.
+    """Median time of one layer's attention in a decode step.
 
     Args:
       cache: to attend to.
       table: of its sequences.
       heads: of the queries.
-      implementation: of `attend`.
       repeats: looks at the clock.
-      calls: between two looks.
     """
-    layout = cache.layout
-    shape = (table.length.shape[0], 1, heads, layout.head_dim)
-    q = jax.random.normal(jax.random.key(1), shape, layout.jax_dtype)
-    run = jax.jit(functools.partial(attend, layer=0, implementation=implementation))
-
-    def work() -> None:
-        jax.block_until_ready([run(q, cache, table=table)[0] for _ in range(calls)])
-
-    return median_seconds(work, repeats) / calls
+    q = random_queries(cache.layout, sequences=table.length.shape[0], heads=heads)
+    step = jax.jit(attention_step())
+    took = median_seconds(lambda: jax.block_until_ready(step(q, cache, table)), repeats)
+    return took / cache.layout.layers

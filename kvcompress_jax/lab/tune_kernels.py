@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-
-import jax
 
 from kvcompress_jax.kernels.case import Case
 from kvcompress_jax.kernels.decode_attention import cases as decode_cases
@@ -15,11 +13,8 @@ from kvcompress_jax.kernels.open_page import cases as open_cases
 from kvcompress_jax.kernels.prefill_attention import cases as prefill_cases
 from kvcompress_jax.kernels.seal_page import cases as seal_cases
 from kvcompress_jax.kernels.tuning import Tuning, device_file, find_tuning, read_tuning
-from kvcompress_jax.lab.agreement import disagreement
-from kvcompress_jax.lab.kernel_timing import function_seconds
+from kvcompress_jax.lab.case_timing import Measured, measure_cases
 from kvcompress_jax.lab.output import replacing
-
-CALLS = 10  # of a kernel between two looks at the clock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,45 +92,36 @@ def _make(make_case: Callable[..., Case], size: Sequence[object], settings: Tuni
     return make_case(*size, tuning=settings)
 
 
-def case_seconds(case: Case) -> float:
-    """Checks a case against its reference and times it.
-
-    Raises:
-      ValueError: it gives something else than its reference.
-    """
-    if case.example is None or case.reference is None:
-        raise ValueError(f"{case.name}: expected an example and a reference, got none")
-    function, _ = case.build()
-    arguments = case.example()
-    got, want = jax.jit(function)(*arguments), jax.jit(case.reference)(*arguments)
-    wrong = disagreement(got, want, relative_from=case.relative_from)
-    if wrong:
-        raise ValueError(f"{case.name}: {wrong}")
-    return function_seconds(function, arguments, donate=case.donate, calls=CALLS, repeats=7)
-
-
 def tune(
-    tunable: Tunable, *, device: str, seconds: Callable[[Case], float] = case_seconds
+    tunable: Tunable,
+    *,
+    device: str,
+    measure: Callable[[Sequence[Case]], Iterable[Measured]] = measure_cases,
 ) -> Tuned:
     """Measures the default settings and all candidates of an op at one shape.
 
     A candidate that does not compile, or gives wrong results, is left out and reported.
 
+    Args:
+      tunable: the op.
+      device: its name, as JAX gives it.
+      measure: checks and times cases.
+
     Raises:
       ValueError: no candidate works.
     """
     default = find_tuning(tunable.op, tunable.shape, device)
+    candidates = [default, *(c for c in tunable.candidates if c != default)]
     times: list[tuple[float, Tuning]] = []
     failed, default_seconds = [], None
-    for settings in [default, *(c for c in tunable.candidates if c != default)]:
-        try:
-            took = seconds(tunable.case(settings))
-        except Exception as e:  # compilers raise what they like; the reason is reported
-            failed.append(f"{json.dumps(settings)}: {' '.join(str(e).split())[:200]}")
+    measured = measure([tunable.case(settings) for settings in candidates])
+    for settings, found in zip(candidates, measured, strict=True):
+        if found.seconds is None:
+            failed.append(f"{json.dumps(settings)}: {found.wrong}")
             continue
-        times.append((took, settings))
+        times.append((found.seconds, settings))
         if settings is default:
-            default_seconds = took
+            default_seconds = found.seconds
     if not times:
         raise ValueError(f"{tunable.op} {tunable.shape}: no settings work: {failed[0]}")
     best_seconds, best = min(times, key=lambda x: x[0])

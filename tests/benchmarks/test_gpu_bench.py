@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from benchmarks.gpu.times_page import times_page
 from benchmarks.gpu_bench import check_cases
 from kvcompress_jax.kernels.hadamard.cases import make_case
 from kvcompress_jax.lab.agreement import disagreement
@@ -43,9 +44,21 @@ def test_small_cases_are_checked_on_any_device():
 
 def test_a_wrong_result_is_found():
     case = make_case(64, "bfloat16", vectors=64, interpret=True)
-    wrong = dataclasses.replace(case, reference=lambda x: x)
-    assert not check_cases(Console(quiet=True), [case])
-    assert check_cases(Console(quiet=True), [case, wrong])
+    wrong = dataclasses.replace(case, name="wrong", reference=lambda x: x)
+    found = check_cases(Console(quiet=True), [case, wrong], timed=False)
+    assert [x.wrong is None for x in found] == [True, False]
+
+
+def test_the_page_says_what_was_measured():
+    row = {"shape": "Tiny", "sequences": 2, "tokens": 4096, "level": "mixed"}
+    row |= {"implementation": "triton", "seconds": 2e-4, "share": 0.5}
+    row |= {"raw_over_this": 2.0, "xla_over_this": 31.0}
+    op = {"case": "open_page/64x128", "seconds": 1e-5, "xla_seconds": 4e-5, "share": 0.75}
+    result = {"device": "NVIDIA H100", "jax": "0.11.2", "repeats": 7, "copy_bytes_per_second": 2e12}
+    page = times_page(result | {"ops": [op], "attention": [row]})
+    assert "# Measured on NVIDIA H100" in page and "2,000 GB/s" in page
+    assert "| Tiny | 2 × 4,096 | mixed | triton | 200.0 | 50% | 2.00 | 31.0 |" in page
+    assert "| open_page/64x128 | 10.0 | 75% | 40.0 | 4.0 |" in page
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "bool", "int32"])
