@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from kvcompress_jax.interop.dlpack import (  # noqa: E402
+    ALIGNMENT_BYTES,
     DTYPES,
     BridgeError,
     fence,
@@ -18,6 +19,18 @@ from kvcompress_jax.interop.dlpack import (  # noqa: E402
     to_torch,
     write_back,
 )
+
+
+@pytest.fixture(params=["cpu", "cuda"], autouse=True)
+def device(request):
+    """Where tensors and arrays are made."""
+    both = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    if request.param == "cuda" and not both:
+        pytest.skip("there is no GPU, or only one of the two sees it")
+    torch.set_default_device(request.param)
+    with jax.default_device(jax.devices(request.param)[0]):
+        yield torch.zeros(1).device
+    torch.set_default_device("cpu")
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -73,11 +86,14 @@ def test_jax_alone_would_narrow_in_silence():
         assert jax.dlpack.from_dlpack(torch.tensor([2**40])).dtype == jnp.int32
 
 
-@pytest.mark.parametrize("offset", [1, 4, 16, 32])
-def test_misaligned_memory_is_refused(offset):
+@pytest.mark.parametrize("share", [1 / 16, 1 / 4, 1 / 2])
+def test_misaligned_memory_is_refused(share, device):
     base = torch.zeros(4096, dtype=torch.uint8)
+    alignment = ALIGNMENT_BYTES[device.type]
+    offset = int(share * alignment)
     start = -base.data_ptr() % 64
-    with pytest.raises(BridgeError, match=f"page: expected memory aligned to 64 .* {offset} past"):
+    message = f"page: expected memory aligned to {alignment} .* {offset} past"
+    with pytest.raises(BridgeError, match=message):
         to_jax(base[start + offset : start + offset + 1024], "page")
     aligned = base[start + 64 : start + 1024]
     assert to_jax(aligned, "page").unsafe_buffer_pointer() == aligned.data_ptr()
@@ -153,15 +169,26 @@ def test_write_back_writes_all_or_rows():
     np.testing.assert_array_equal(np.asarray(alias)[:, 0], [1, 3, 1, 3])
 
 
-def test_write_back_refuses_what_does_not_fit():
+def test_write_back_refuses_what_does_not_fit(device):
     target = zeros(4, 8)
     for array in (jnp.ones((4, 8), jnp.bfloat16), jnp.ones((4, 7)), jnp.ones((1, 8))):
-        with pytest.raises(BridgeError, match=r"pool: expected float32\[4, 8\] on cpu, got "):
+        with pytest.raises(BridgeError, match=rf"pool: expected float32\[4, 8\] on {device}, got "):
             write_back(target, array, "pool")
     with pytest.raises(BridgeError, match=r"pool: expected float32\[1, 8\]"):
         write_back(target, jnp.ones((2, 8)), "pool", rows=torch.tensor([3]))
     assert float(target.sum()) == 0
 
 
-def test_fence_on_a_cpu_has_nothing_to_wait_for():
-    fence(torch.device("cpu"))
+def test_after_a_fence_jax_sees_what_torch_wrote(device):
+    """A GPU computes the product for milliseconds after torch has returned."""
+    size = 4096 if device.type == "cuda" else 64
+    tensor = torch.zeros(size, size)
+    alias = to_jax(tensor, "x")
+    total = jax.jit(jnp.sum)
+    assert float(total(alias)) == 0
+    tensor.fill_(1)
+    half = torch.full((size, size), 0.5)
+    for _ in range(20):
+        tensor.copy_(half @ tensor / (size // 2))
+    fence(device)
+    assert float(total(alias)) == size**2
