@@ -55,10 +55,10 @@ def step_bytes(shape: Shape, level: str, sequences: int, tokens: int) -> int:
 
 HEAD = """# Floors of decode attention
 
-Made by `make gpu-roofline`. **Computed, not timed: nothing here has run on a GPU.** The floor of
-a decode step is the time that the device's memory needs, at its nominal bandwidth, for each stored
-byte of keys and values of all layers, once. A kernel cannot be faster; how near it comes is for
-`benchmarks/gpu_bench.py` to say, on a GPU. Pages of {page} tokens; scales are counted.
+Made by `make gpu-roofline`. **Computed, not timed.** The floor of a decode step is the time that
+the device's memory needs, at its nominal bandwidth, for each stored byte of keys and values of all
+layers, once. A kernel cannot be faster; how near it comes on an H100 is in
+[gpu-times.md](gpu-times.md). Pages of {page} tokens; scales are counted.
 
 {levels}
 """
