@@ -67,6 +67,10 @@ def time_attention(console: Console, copied: float, *, quick: bool) -> list[dict
         }
         programs |= {(batch, "raw", CONTIGUOUS): _contiguous(shape, batch) for batch in batches}
         compile_together(list(programs.values()))
+        for (batch, level, name), program in programs.items():
+            # What refuses, `check_attention` has said.
+            if program.error is not None and not program.error.startswith("NotImplementedError"):
+                console.print(f"not timed: {shape.name} {batch} {level} {name}: {program.error}")
         for batch in batches:
             seconds = {}
             for level in LEVELS:

@@ -58,7 +58,6 @@ class Plan:
     group: int  # query heads of a KV head
     columns: int  # queries times query heads of a tile
     splits: int
-    heads: int
     scale: float  # of logits, log2(e) included
     cap: float | None  # soft cap, in the same units
     window: bool

@@ -66,7 +66,6 @@ def attention_triton(
         group=group,
         columns=tile,
         splits=max(1, min(splits, pages)),
-        heads=heads,
         scale=scale * math.log2(math.e),
         cap=None if soft_cap is None else soft_cap * math.log2(math.e),
         window=window is not None,
