@@ -16,11 +16,12 @@ from kvcompress_jax.lab.texts import load_text, take_samples
 from kvcompress_jax.models.load import load_model
 from tests.models.smollm2 import smollm2_file
 
-# name: most effective bits, most KL, least top-1 agreement
+# name: most effective bits, most KL, least top-1 agreement. Of `compact` on code, processors
+# differ: below 0.006 on some, 0.0062 on one with AVX2 alone.
 BOUNDS = {
     "safe": (8.7, 0.0003, 0.98),
     "balanced": (6.7, 0.0015, 0.97),
-    "compact": (4.6, 0.006, 0.95),
+    "compact": (4.6, 0.007, 0.95),
 }
 FACTS = 16
 

@@ -160,6 +160,25 @@ def bytes_are_exact_on_every_device():
     assert one / 8 < eight < one / 6
 
 
+def same_but_for_rounding(ours, theirs):
+    """Of caches that two programs filled: on some processors, XLA adds up a projection in another
+    order when it is split. A number may then be off by a few roundings, and one of a thousand bytes
+    of codes differ; what has been counted is equal."""
+    import jax
+
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        if a.dtype == np.uint8:
+            if a.size and np.mean(a != b) > 1e-3:
+                return False
+        elif not np.issubdtype(a.dtype, np.floating):
+            if a.tobytes() != b.tobytes():
+                return False
+        elif a.size and np.abs(a - b).max() > 2.0**-20 * max(1.0, np.abs(b).max()):
+            return False
+    return True
+
+
 def engines_on_meshes_give_the_answers_of_one_device():
     import jax
 
@@ -169,8 +188,10 @@ def engines_on_meshes_give_the_answers_of_one_device():
     eight, answer = served(8)
     assert answer == request.generated and len(answer) == 4
     ours, theirs = eight.runner.cache, replicas.engines[0].runner.cache
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert same_but_for_rounding(ours, theirs)
+    other = dataclasses.replace(theirs, base=theirs.base[:, ::-1])
+    assert not same_but_for_rounding(ours, other)
+    assert not same_but_for_rounding(ours, dataclasses.replace(theirs, raw=theirs.raw * 1.001))
     assert np.asarray(ours.base).any() and np.asarray(ours.heat).any()
     weights = eight.runner.model.params.layers.query
     assert weights.addressable_shards[0].data.shape == weights.shape
