@@ -67,8 +67,8 @@ XLA = """
 
 The fallback, `attend` in XLA, as compiled for an {device}, at {sequences} sequences of {tokens:,}
 tokens, one layer. It writes what it decodes before it reads it again. Counted between operations,
-whether memory sees them or a cache; a block of decoded keys and values is 64 MiB. The fused kernels' bytes over the floor are in
-[gpu-gate.md](gpu-gate.md).
+whether memory sees them or a cache; a block of decoded keys and values is 64 MiB. The fused
+kernels' bytes over the floor are in [gpu-gate.md](gpu-gate.md).
 """
 
 

@@ -169,10 +169,10 @@ def decode_rows(
     values = _replace(values, value_token, exact_values)
 
     position = first_position + jnp.arange(page_size, dtype=jnp.int32)
-    return _turn(keys, position, code.frequencies), values
+    return turn(keys, position, code.frequencies), values
 
 
-def _turn(x: jax.Array, position: jax.Array, frequencies: jax.Array) -> jax.Array:
+def turn(x: jax.Array, position: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Rotates [heads, tokens, dim] by RoPE at positions i32[tokens]; back, with negative ones."""
     angle = position.astype(jnp.float32)[None, :, None] * frequencies[None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -180,12 +180,17 @@ def _turn(x: jax.Array, position: jax.Array, frequencies: jax.Array) -> jax.Arra
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def before_rope(keys: jax.Array, position: jax.Array, code: CalibratedCode) -> jax.Array:
+    """Keys f32[heads, tokens, dim] of positions i32[tokens], taken back to where they were."""
+    return turn(keys, -position, code.frequencies)
+
+
 def _components(
     keys: jax.Array, values: jax.Array, first_position: jax.Array, code: CalibratedCode
 ) -> tuple[jax.Array, jax.Array]:
     """f32[heads, page_size, components] of keys, and rotated values."""
     position = first_position + jnp.arange(keys.shape[-2], dtype=jnp.int32)
-    before = _turn(keys.astype(jnp.float32), -position, code.frequencies)
+    before = before_rope(keys.astype(jnp.float32), position, code)
     z = _einsum("htd,hdc->htc", before - code.mean[:, None], code.encode)
     turn = jnp.asarray(hadamard_matrix(values.shape[-1]), jnp.float32)
     return z, _einsum("htd,dc->htc", values.astype(jnp.float32), turn)
@@ -193,13 +198,7 @@ def _components(
 
 def _encode_keys(z: jax.Array, code: CalibratedCode) -> tuple[jax.Array, jax.Array, jax.Array]:
     """u8 bits [heads, tokens, 8 * key_bytes], u8 scale [heads, tokens, 1], f32 error."""
-    coded = code.step > 0
-    count = jnp.maximum(jnp.sum(coded, axis=-1), 1).astype(jnp.float32)
-    # In units of the scale before squaring, and of the largest of them: no overflow.
-    relative = jnp.abs(z * jnp.where(coded, 1 / code.scale, 0.0)[:, None])
-    largest = jnp.maximum(jnp.max(relative, axis=-1, keepdims=True), SMALLEST)
-    mean = jnp.sum((relative / largest) ** 2, axis=-1) / count[:, None]
-    scale_code = _scale_code(jnp.sqrt(mean) * largest[..., 0])
+    scale_code = _key_scale_codes(z, code)
     step = code.step[:, None] * _scale(scale_code.astype(jnp.float32))[..., None]
     levels = code.levels[:, None]
     position = jnp.floor(z / jnp.where(step > 0, step, 1.0) + levels / 2)
@@ -208,6 +207,22 @@ def _encode_keys(z: jax.Array, code: CalibratedCode) -> tuple[jax.Array, jax.Arr
     codes = jnp.take_along_axis(position.astype(jnp.int32), code.bit_component[:, None], axis=-1)
     bits = (codes >> code.bit_shift[:, None]) & 1
     return bits.astype(jnp.uint8), scale_code[..., None], error
+
+
+def _key_scale_codes(z: jax.Array, code: CalibratedCode) -> jax.Array:
+    """u8[heads, tokens], of components f32[heads, tokens, components]."""
+    coded = code.step > 0
+    count = jnp.maximum(jnp.sum(coded, axis=-1), 1).astype(jnp.float32)
+    # In units of the scale before squaring, and of the largest of them: no overflow.
+    relative = jnp.abs(z * jnp.where(coded, 1 / code.scale, 0.0)[:, None])
+    largest = jnp.maximum(jnp.max(relative, axis=-1, keepdims=True), SMALLEST)
+    mean = jnp.sum((relative / largest) ** 2, axis=-1) / count[:, None]
+    return _scale_code(jnp.sqrt(mean) * largest[..., 0])
+
+
+def key_scales(z: jax.Array, code: CalibratedCode) -> jax.Array:
+    """f32[heads, tokens]: the scales of keys, as a byte says them."""
+    return _scale(_key_scale_codes(z, code).astype(jnp.float32))
 
 
 def _encode_values(

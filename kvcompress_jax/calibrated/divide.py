@@ -99,21 +99,44 @@ def trial(
         keys, values = (x[layer, 0, :past].astype(jnp.float32) for x in (seen.k, seen.v))
         return keys, values
 
-    def read_on(past_of: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> jax.Array:
-        position = jnp.arange(past, tokens.shape[0], dtype=jnp.int32)
+    read = functools.partial(read_on, params, config, tokens, past)
+    return predicted_divergence(read(plain), read(coded))
 
-        def attention(
-            q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, window: jax.Array, _: None
-        ) -> tuple[jax.Array, None]:
-            keys, values = (
-                jnp.concatenate([old, new.astype(jnp.float32)])
-                for old, new in zip(past_of(layer), (k, v), strict=True)
-            )
-            return attend_plainly(q, keys, values, position, window, config)[0], None
 
-        hidden, _ = decode(params, config, tokens[past:], position, attention, None)
-        return jax.nn.log_softmax(logits(params, config, hidden))
+def read_on(
+    params: DecoderParams,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    past: int,
+    past_of: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """What a model predicts for the rest of a text whose beginning it has from somewhere else.
 
-    reference, compressed = read_on(plain), read_on(coded)
-    d = compressed - reference
+    Args:
+      params, config: of the decoder.
+      tokens: i32[tokens].
+      past: tokens that are not read.
+      past_of: their keys and values f32[past, heads, dim], of a layer i32[].
+
+    Returns:
+      f32[tokens - past, vocabulary], logarithms of probabilities.
+    """
+    position = jnp.arange(past, tokens.shape[0], dtype=jnp.int32)
+
+    def attention(
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, window: jax.Array, _: None
+    ) -> tuple[jax.Array, None]:
+        keys, values = (
+            jnp.concatenate([old, new.astype(jnp.float32)])
+            for old, new in zip(past_of(layer), (k, v), strict=True)
+        )
+        return attend_plainly(q, keys, values, position, window, config)[0], None
+
+    hidden, _ = decode(params, config, tokens[past:], position, attention, None)
+    return jax.nn.log_softmax(logits(params, config, hidden))
+
+
+def predicted_divergence(reference: jax.Array, other: jax.Array) -> jax.Array:
+    """Mean of KL(reference, other) over f32[tokens, vocabulary], in nats; exact for small ones."""
+    d = other - reference
     return jnp.mean(jnp.sum(jnp.exp(reference) * (jnp.expm1(d) - d), axis=-1))

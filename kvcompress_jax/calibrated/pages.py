@@ -63,16 +63,18 @@ def there_and_back(
             *encode_rows(keys, values, received, exact, first, code, rows), first, code, rows
         )
 
-    def by_page(x: jax.Array) -> jax.Array:  # [tokens, heads, ...] to [pages, heads, tokens, ...]
-        return x.reshape(pages, page_size, *x.shape[1:]).swapaxes(1, 2)
-
     again = jax.vmap(one_page)(
-        by_page(keys),
-        by_page(values),
-        by_page(received.T),
+        by_page(keys, page_size),
+        by_page(values, page_size),
+        by_page(received.T, page_size),
         exact.reshape(pages, page_size),
         jnp.arange(pages, dtype=jnp.int32) * page_size,
     )
     coded_keys, coded_values = (x.swapaxes(1, 2).reshape(tokens, heads, dim) for x in again)
     kept = exact[:, None, None]
     return jnp.where(kept, keys, coded_keys), jnp.where(kept, values, coded_values)
+
+
+def by_page(x: jax.Array, page_size: int) -> jax.Array:
+    """[tokens, heads, ...] to [pages, heads, page_size, ...]."""
+    return x.reshape(-1, page_size, *x.shape[1:]).swapaxes(1, 2)
