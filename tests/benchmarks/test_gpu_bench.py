@@ -1,6 +1,7 @@
 """The bench of the GPU kernels, on a machine without a GPU."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,20 @@ def test_the_page_says_what_was_measured():
     assert "# Measured on NVIDIA H100" in page and "2,000 GB/s" in page
     assert "| Tiny | 2 × 4,096 | mixed | triton | 200.0 | 50% | 2.00 | 31.0 |" in page
     assert "| open_page/64x128 | 10.0 | 75% | 40.0 | 4.0 |" in page
+
+
+def test_the_page_in_the_repository_is_that_of_its_figures():
+    result = json.loads((ROOT / "docs/gpu-times.json").read_text())
+    assert (ROOT / "docs/gpu-times.md").read_text() == times_page(result)
+    by_level = {
+        x["level"]: x["raw_over_this"]
+        for x in result["attention"]
+        if (x["sequences"], x["implementation"]) == (8, "triton") and "Llama" in x["shape"]
+    }
+    readme = (ROOT / "README.md").read_text()
+    for level, in_readme in (("level 1", "1.6"), ("mixed", "2.0"), ("level 2", "2.8")):
+        assert f"{by_level[level]:.1f}" == in_readme
+        assert f"({in_readme}" in readme
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "bool", "int32"])
