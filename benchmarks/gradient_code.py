@@ -22,17 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-
 from rich.console import Console
 from rich.table import Table
 
 from kvcompress_jax.calibrated.calibrate import calibrate, gather
-from kvcompress_jax.calibrated.code import CalibratedCode, before_rope, encode_rows, key_scales, turn
+from kvcompress_jax.calibrated.code import (
+    CalibratedCode,
+    before_rope,
+    encode_rows,
+    key_scales,
+    turn,
+)
 from kvcompress_jax.calibrated.divide import predicted_divergence, read_on, trial
 from kvcompress_jax.calibrated.pages import by_page, received_attention, there_and_back
+from kvcompress_jax.calibrated.row import RowLayout
 from kvcompress_jax.lab.progress import stages
 from kvcompress_jax.lab.texts import load_text, take_apart
-from kvcompress_jax.calibrated.row import RowLayout
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.dense import AttentionInputs, capture_forward
 from kvcompress_jax.models.load import load_model
@@ -187,8 +192,12 @@ def main() -> None:
     """Fits, trains, judges and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--bits", type=float, default=3.5, help="of the code (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=12, help="to train on (default: %(default)s)")
+    parser.add_argument(
+        "--bits", type=float, default=3.5, help="of the code (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=12, help="to train on (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="over them (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=4e-4, help="(default: %(default)s)")
     parser.add_argument(
@@ -211,11 +220,11 @@ def main() -> None:
     with stages(console) as progress:
         statistics = gather(model, samples, held_out=apart, progress=progress)
         profile = calibrate(model, statistics, bits=args.bits, progress=progress)
-        setting = Setting(
-            profile.rows, model.config, statistics.page_size, statistics.sink_tokens
-        )
+        setting = Setting(profile.rows, model.config, statistics.page_size, statistics.sink_tokens)
         code = profile.code(layer_frequencies(model.config))
-        table = Table(title=f"KL in 1e-4 nats, {args.bits:g} bits, {' and '.join(args.learn)} trained")
+        table = Table(
+            title=f"KL in 1e-4 nats, {args.bits:g} bits, {' and '.join(args.learn)} trained"
+        )
         for column in ("", "trained on", *judged):
             table.add_column(column, justify="left" if not column else "right")
 
