@@ -7,6 +7,7 @@ device's memory needs for them at its nominal bandwidth.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from benchmarks.gpu.markdown import row
 from benchmarks.gpu.target import NAMES, Target
 from kvcompress_jax.paged.layout import SCALE_BYTES
 
@@ -89,26 +90,22 @@ def roofline_page(
         lines.append(
             f"\n## {shape.name}: {shape.layers} layers, {shape.kv_heads} KV heads of {shape.dim}\n"
         )
-        lines.append(_row(["sequences × tokens", "level", "GB per step", *names]))
-        lines.append(_row(["---"] * (3 + len(names))))
+        lines.append(row(["sequences × tokens", "level", "GB per step", *names]))
+        lines.append(row(["---"] * (3 + len(names))))
         for sequences, tokens in BATCHES:
             for level in LEVELS:
                 size = step_bytes(shape, level, sequences, tokens)
                 times = [f"{size / x.bandwidth * 1e3:.3f} ms" for x in targets]
                 cells = [f"{sequences} × {tokens:,}", level, f"{size / 1e9:.2f}", *times]
-                lines.append(_row(cells))
+                lines.append(row(cells))
     sequences, tokens = COMPILED
     lines.append(XLA.format(device=NAMES[compiled_for], sequences=sequences, tokens=tokens))
-    lines.append(_row(["shape", "level", "floor, MB", "XLA, MB", "XLA over the floor"]))
-    lines.append(_row(["---"] * 5))
+    lines.append(row(["shape", "level", "floor, MB", "XLA, MB", "XLA over the floor"]))
+    lines.append(row(["---"] * 5))
     for shape in SHAPES:
         for level in LEVELS:
             floor = step_bytes(shape, level, sequences, tokens) / shape.layers
             moved = compiled[shape.name][level]
             cells = [f"{floor / 1e6:,.0f}", f"{moved / 1e6:,.0f}", f"{moved / floor:.1f}"]
-            lines.append(_row([shape.name, level, *cells]))
+            lines.append(row([shape.name, level, *cells]))
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

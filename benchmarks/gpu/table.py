@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.gpu.markdown import row
 from benchmarks.gpu.report import CaseReport, KernelReport, from_json
 
 HEAD = """# What the GPU kernels compile to
@@ -35,21 +36,17 @@ def gate_page(reports: Sequence[CaseReport]) -> str:
     """Markdown, a table per architecture."""
     lines = [HEAD]
     for architecture in dict.fromkeys(report.architecture for report in reports):
-        lines += [f"\n## {architecture}\n", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
+        lines += [f"\n## {architecture}\n", row(COLUMNS), row(["---"] * len(COLUMNS))]
         refused = []
         for report in reports:
             if report.architecture != architecture:
                 continue
             if report.refusal:
                 refused.append(f"- `{report.case}`: {report.refusal}")
-            lines += [_row(_cells(report, kernel)) for kernel in report.kernels]
+            lines += [row(_cells(report, kernel)) for kernel in report.kernels]
         if refused:
             lines += ["\nRefused:\n", *refused]
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _cells(report: CaseReport, kernel: KernelReport) -> list[str]:

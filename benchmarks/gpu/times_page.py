@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.markdown import row
+
 OPS = ("op/size", "µs", "of copy bandwidth", "XLA, µs", "XLA / kernel")
 ATTENTION = (
     "shape",
@@ -55,8 +57,8 @@ def print_tables(console: Console, result: Mapping[str, Any]) -> None:
         table = Table(title=title, title_justify="left")
         for column in columns:
             table.add_column(column)
-        for row in rows:
-            table.add_row(*row)
+        for cells in rows:
+            table.add_row(*cells)
         console.print(table)
 
 
@@ -87,4 +89,4 @@ def _attention(result: Mapping[str, Any]) -> list[list[str]]:
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(row(line) for line in lines)

@@ -28,7 +28,7 @@ from kvcompress_jax.kernels.decode_attention.columns import (
     along_channels,
     columns_of,
 )
-from kvcompress_jax.kernels.decode_attention.inputs import LIFT, MASKED
+from kvcompress_jax.kernels.decode_attention.inputs import LIFT, LN2, MASKED
 from kvcompress_jax.kernels.decode_attention.unpack import (
     ABSENT_FINE_OFFSET,
     FINE_OFFSET,
@@ -38,7 +38,6 @@ from kvcompress_jax.kernels.decode_attention.unpack import (
     unpack_fine,
 )
 
-LN2 = 0.6931471805599453
 SINK_ROWS = 16  # the fewest rows of a tensor-core product
 
 Refs = Mapping[str, Any]

@@ -1,6 +1,5 @@
 """Sizes of `decode_attention`: Llama's, Qwen's, Phi's and Gemma's heads; pages of all levels."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +12,7 @@ from kvcompress_jax.kernels.decode_attention.mosaic import attention_mosaic
 from kvcompress_jax.kernels.decode_attention.reference import attention_reference
 from kvcompress_jax.kernels.decode_attention.triton import attention_triton
 from kvcompress_jax.kernels.pools import init_pools
+from kvcompress_jax.kernels.random_pools import fill_random
 from kvcompress_jax.kernels.tuning import Tuning, find_tuning
 
 # page size, dim, refined slots, query heads of a KV head, dtype, options
@@ -112,7 +112,7 @@ def _example(
 ) -> tuple[Any, ...]:
     columns = tokens // page_size
     pages = ROWS * columns
-    keys = iter(jax.random.split(jax.random.key(0), 12))
+    keys = iter(jax.random.split(jax.random.key(0), 4))
     pools = init_pools(
         layers=1,
         pages=pages,
@@ -126,23 +126,7 @@ def _example(
     def numbers(shape: tuple[int, ...]) -> jax.Array:
         return jax.random.normal(next(keys), shape, jnp.dtype(dtype))
 
-    def within(x: jax.Array, low: float, high: float) -> jax.Array:
-        return jax.random.uniform(next(keys), x.shape, x.dtype, low, high)
-
-    def planes(x: jax.Array) -> jax.Array:
-        return jax.random.bits(next(keys), x.shape, jnp.uint8)
-
-    order = jnp.argsort(jax.random.bits(next(keys), pools.order.shape), axis=-1)
-    pools = dataclasses.replace(
-        pools,
-        base=planes(pools.base),
-        fine=planes(pools.fine),
-        key_step=within(pools.key_step, 0.1, 0.3),
-        key_zero=within(pools.key_zero, -8.5, -6.5),
-        value_step=within(pools.value_step, 0.1, 0.3),
-        value_zero=within(pools.value_zero, -8.5, -6.5),
-        order=order.astype(jnp.uint8),
-    )
+    pools = fill_random(pools, next(keys))
     page = jnp.arange(pages, dtype=jnp.int32)
     refined = page if fine_rows else jnp.full_like(page, -1)
     recent = jnp.arange(ROWS * RAW_COLUMNS, dtype=jnp.int32).reshape(ROWS, RAW_COLUMNS)

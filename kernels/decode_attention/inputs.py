@@ -11,6 +11,7 @@ from kvcompress_jax.kernels.pools import CodePools
 MASKED = -1e30  # a logit; finite: the difference of two of them is 0, not NaN
 # Weights are up to 2**6, not 1: with value steps of 1e-4 they stay normal float16 numbers.
 LIFT = 6.0
+LN2 = 0.6931471805599453
 
 
 @jax.tree_util.register_dataclass
@@ -98,15 +99,14 @@ def group_pages(
         return Groups(ids, index, column, chunk=None, refined=None, plain=count, read=read)
     if oldest is not None:
         read = read & ((index + 1) * page_size > oldest[:, None])
-    if fine_of is None:
-        kind = jnp.where(read, 1, 2)
-        _, ids, index, column = lax.sort((kind, ids, index, column), num_keys=1, is_stable=True)
-        plain = jnp.sum(read, axis=1, dtype=jnp.int32)
-        return Groups(ids, index, column, chunk=None, refined=None, plain=plain, read=read)
-    chunk = jnp.where(read, fine_of[jnp.where(read, ids, 0)], -1)
-    kind = jnp.where(read, jnp.where(chunk >= 0, 0, 1), 2)
-    _, ids, index, column, sorted_chunk = lax.sort(
-        (kind, ids, index, column, chunk), num_keys=1, is_stable=True
-    )
+    kind = jnp.where(read, 1, 2)
+    pages = [ids, index, column]
+    if fine_of is not None:
+        chunk = jnp.where(read, fine_of[jnp.where(read, ids, 0)], -1)
+        kind = jnp.where(chunk >= 0, 0, kind)
+        pages.append(chunk)
+    _, ids, index, column, *chunks = lax.sort((kind, *pages), num_keys=1, is_stable=True)
     refined, plain = (jnp.sum(kind == k, axis=1, dtype=jnp.int32) for k in (0, 1))
-    return Groups(ids, index, column, sorted_chunk, refined, plain, read)
+    if not chunks:
+        return Groups(ids, index, column, chunk=None, refined=None, plain=plain, read=read)
+    return Groups(ids, index, column, chunks[0], refined, plain, read)

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.kernels.decode_attention.inputs import Groups
-
-LN2 = 0.6931471805599453
+from kvcompress_jax.kernels.decode_attention.inputs import LN2, Groups, PageLists
+from kvcompress_jax.kernels.decode_attention.queries import Listed
 
 
 def merge(
@@ -52,19 +51,21 @@ def received_mass(
     shares: Mapping[str, jax.Array],
     lse: jax.Array,
     *,
-    past: Groups | None,
-    recent: Groups,
-    columns: tuple[int, int],
-) -> tuple[jax.Array, jax.Array]:
-    """What pages and raw tokens received, as `decode_attention` returns it.
+    listed: Listed,
+    lists: PageLists,
+) -> tuple[jax.Array, jax.Array] | None:
+    """What pages and raw tokens received, as `decode_attention` returns it; None: nobody asked.
 
     Args:
-      shares: page_lse f32[rows, kv_heads, max_sealed, columns] and logits f32[rows, kv_heads,
-        max_raw, page_size, columns], of base 2, where only pages that were read are written.
+      shares: of a kernel that was asked for it, page_lse f32[rows, kv_heads, max_sealed, columns]
+        and logits f32[rows, kv_heads, max_raw, page_size, columns], of base 2, where only pages
+        that were read are written.
       lse: f32[rows, queries, heads], of all.
-      past, recent: sealed and raw pages.
-      columns: max_sealed and max_raw.
+      listed: pages as they were read.
+      lists: pages as they were given.
     """
+    if "page_lse" not in shares:
+        return None
     rows, queries, all_heads = lse.shape
     kv_heads = shares["page_lse"].shape[1]
     group = all_heads // kv_heads
@@ -83,6 +84,6 @@ def received_mass(
         return jnp.sum(jnp.where(read, weight, 0.0), axis=-1)
 
     return (
-        received(shares["page_lse"], past, columns[0]),
-        received(shares["logits"], recent, columns[1]),
+        received(shares["page_lse"], listed.past, lists.sealed.shape[1]),
+        received(shares["logits"], listed.recent, lists.raw.shape[1]),
     )

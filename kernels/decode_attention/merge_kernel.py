@@ -12,9 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kvcompress_jax.kernels.decode_attention.columns import columns_of
-from kvcompress_jax.kernels.decode_attention.inputs import MASKED
+from kvcompress_jax.kernels.decode_attention.inputs import LN2, MASKED
 
-LN2 = 0.6931471805599453
 WIDTH = 32  # channels of a program
 NUMBERS = 4096  # of the shares that a program holds at a time
 
@@ -24,6 +23,7 @@ class _Plan:
     queries: int
     group: int
     columns: int  # of a program
+    tiles: int  # of so many columns
     splits: int
     block: int  # splits at a time
 
@@ -57,15 +57,15 @@ def merge_triton(
         queries=queries,
         group=group,
         columns=columns,
+        tiles=-(-queries * group // columns),
         splits=splits,
         block=min(NUMBERS // (WIDTH * columns), 1 << (splits - 1).bit_length()),
     )
-    tiles = -(-queries * group // columns)
     somewhere = pl.BlockSpec(memory_space=pl.ANY)
     merged, total = pl.pallas_call(
         lambda *refs: _merge(*refs, plan),
         name="merge_attention",
-        grid=(dim // WIDTH, heads * tiles, rows),
+        grid=(dim // WIDTH, heads * plan.tiles, rows),
         in_specs=[somewhere] * 3,
         out_specs=[somewhere] * 2,
         out_shape=[
@@ -80,8 +80,7 @@ def merge_triton(
 
 def _merge(out, lse, query_lengths, merged, total, plan):  # type: ignore[no-untyped-def]
     part, place, row = (pl.program_id(axis) for axis in range(3))
-    tiles = -(-plan.queries * plan.group // plan.columns)
-    head, tile = lax.div(place, tiles), lax.rem(place, tiles)
+    head, tile = lax.div(place, plan.tiles), lax.rem(place, plan.tiles)
     here = columns_of(
         tile * plan.columns, plan.columns, head, queries=plan.queries, group=plan.group
     )

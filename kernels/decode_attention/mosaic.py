@@ -134,16 +134,7 @@ def attention_mosaic(
     )(*inputs.values())
     shares = dict(zip(outputs, results, strict=True))
     out, lse = merge(shares["out"], shares["lse"], q, query_lengths=query_lengths)
-    mass = None
-    if plan.mass:
-        mass = received_mass(
-            shares,
-            lse,
-            past=listed.past,
-            recent=listed.recent,
-            columns=(lists.sealed.shape[1], lists.raw.shape[1]),
-        )
-    return out, lse, mass
+    return out, lse, received_mass(shares, lse, listed=listed, lists=lists)
 
 
 def _stages(nbytes: int) -> int:

@@ -132,16 +132,7 @@ def attention_triton(
     out, lse = shares["out"], shares["lse"]
     if plan.splits > 1:
         out, lse = merge_triton(out, lse, q, query_lengths=query_lengths, interpret=interpret)
-    mass = None
-    if plan.mass:
-        mass = received_mass(
-            shares,
-            lse,
-            past=listed.past,
-            recent=listed.recent,
-            columns=(lists.sealed.shape[1], lists.raw.shape[1]),
-        )
-    return out, lse, mass
+    return out, lse, received_mass(shares, lse, listed=listed, lists=lists)
 
 
 def _warps(plan: Plan) -> str:

@@ -1,6 +1,5 @@
 """Sizes of `open_page`: at level 1 (refined slots) and 2 (none)."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +10,7 @@ from kvcompress_jax.kernels.case import Case
 from kvcompress_jax.kernels.open_page.reference import open_page_reference
 from kvcompress_jax.kernels.open_page.triton import open_page_triton
 from kvcompress_jax.kernels.pools import init_pools
+from kvcompress_jax.kernels.random_pools import fill_random
 from kvcompress_jax.kernels.tuning import Tuning
 
 # page size, dim, slots that are refined, dtype of the result
@@ -82,25 +82,7 @@ def _example(page_size: int, dim: int, fine_rows: int, n: int) -> tuple[Any, ...
         dim=dim,
         fine_rows=fine_rows,
     )
-    keys = iter(jax.random.split(jax.random.key(0), 7))
-
-    def planes(x: jax.Array) -> jax.Array:
-        return jax.random.bits(next(keys), x.shape, jnp.uint8)
-
-    def within(x: jax.Array, low: float, high: float) -> jax.Array:
-        return jax.random.uniform(next(keys), x.shape, x.dtype, low, high)
-
-    order = jnp.argsort(jax.random.bits(next(keys), pools.order.shape), axis=-1)
-    pools = dataclasses.replace(
-        pools,
-        base=planes(pools.base),
-        fine=planes(pools.fine),
-        key_step=within(pools.key_step, 0.1, 0.3),
-        key_zero=within(pools.key_zero, -8.5, -6.5),
-        value_step=within(pools.value_step, 0.1, 0.3),
-        value_zero=within(pools.value_zero, -8.5, -6.5),
-        order=order.astype(jnp.uint8),  # a token has one place
-    )
+    pools = fill_random(pools, jax.random.key(0))
     chunks = jnp.arange(n * LAYERS, dtype=jnp.int32).reshape(n, LAYERS)
     pages = jnp.arange(n, dtype=jnp.int32)
     return pools, pages, chunks if fine_rows else jnp.full_like(chunks, -1), jnp.int32(n)
