@@ -31,7 +31,7 @@ class NoDevice:
         self.planes = SimpleNamespace(nbytes=1)
 
     def apply(self, cache, plan):
-        return cache
+        return cache, None if plan.seals is None else self.all_sealed[plan.seals.page]
 
     def sealed(self, cache):
         return self.all_sealed
@@ -43,15 +43,15 @@ class NoDevice:
         return np.random.default_rng(0).exponential(size=len(self.all_sealed)).astype(np.float32)
 
 
-def filled(sequences: int, pages: int, *, pressure: float):
+def filled(sequences: int, pages: int, *, pressure: float, config=CompressionConfig()):  # noqa: B008
     """A manager with sequences of so many pages, and their ids.
 
     Args:
       sequences: on the device.
       pages: of each.
       pressure: share of the fine chunks that all pages at level 1 would need, that there are.
+      config: of the compression.
     """
-    config = CompressionConfig()
     total = sequences * (pages + 8)
     sizes = PoolSizes(
         raw_pages=sequences * 4 + CHUNK // config.page_size,

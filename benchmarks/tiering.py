@@ -42,7 +42,7 @@ class SimulatedDevice:
     def apply(self, cache, plan):
         if plan.seals is not None:
             self.heat_of[plan.seals.page[: int(plan.seals.count)]] = 0
-        return cache
+        return cache, None if plan.seals is None else self._all[plan.seals.page]
 
     def sealed(self, cache):
         return self._all

@@ -36,10 +36,12 @@ _reading = functools.partial(jax.jit, static_argnames="sharding")
 @_updating
 def apply_plan_in_place(
     cache: PagedCache, plan: Plan, *, sharding: HeadSharding | None = None
-) -> PagedCache:
-    """`apply_plan`; the cache is donated."""
+) -> tuple[PagedCache, jax.Array | None]:
+    """`apply_plan`, and bool[entries]: which of its seals have a code, None if there are none. The
+    cache is donated."""
     specs = None if sharding is None else (plan_specs(sharding, plan),)
-    return update_cache(sharding, apply_plan, cache, plan, specs=specs)
+    cache = update_cache(sharding, apply_plan, cache, plan, specs=specs)
+    return cache, None if plan.seals is None else cache.sealed[plan.seals.page]
 
 
 @_reading
@@ -99,8 +101,11 @@ _heat = jax.jit(lambda cache: cache.heat + 0.0)
 class Device(Protocol):
     """What a manager needs of the machine that holds the pools."""
 
-    def apply(self, cache: PagedCache, plan: Plan) -> PagedCache:
-        """Applies a plan; `cache` is donated."""
+    def apply(
+        self, cache: PagedCache, plan: Plan
+    ) -> tuple[PagedCache, jax.Array | np.ndarray | None]:
+        """Applies a plan; `cache` is donated. Also bool[entries], on its way to the host: which of
+        the plan's seals have a code; None if there are none. Does not wait."""
 
     def sealed(self, cache: PagedCache) -> np.ndarray:
         """bool[sealed_pages]: which hold a code. Waits."""
@@ -135,8 +140,11 @@ class JaxDevice:
     def __init__(self, sharding: HeadSharding | None = None) -> None:
         self._sharding = sharding
 
-    def apply(self, cache: PagedCache, plan: Plan) -> PagedCache:
-        return apply_plan_in_place(cache, plan, sharding=self._sharding)
+    def apply(self, cache: PagedCache, plan: Plan) -> tuple[PagedCache, jax.Array | None]:
+        cache, sealed = apply_plan_in_place(cache, plan, sharding=self._sharding)
+        if sealed is not None:
+            sealed.copy_to_host_async()
+        return cache, sealed
 
     def sealed(self, cache: PagedCache) -> np.ndarray:
         return np.asarray(cache.sealed)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Collection, Sized
 from collections.abc import Sequence as ListOf
-from collections.abc import Sized
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Draft:
             uploads=self._uploads(layout) if self.uploads else None,
             tables=Retabling(
                 page=_padded(list(self.tables)),
-                chunks=_padded(list(self.tables.values()), layout.layers),
+                chunks=_chunks(self.tables.values(), layout.layers),
                 count=_count(self.tables),
             )
             if self.tables
@@ -55,12 +56,14 @@ class Draft:
 
     def _sealing(self, layout: CacheLayout) -> Sealing:
         raw, page, chunks, first, sink = zip(*self.seals, strict=True)
+        each = _blank(4, ENTRIES).copy()
+        each[:, : len(raw)] = (raw, page, first, sink)
         return Sealing(
-            raw=_padded(raw),
-            page=_padded(page),
-            chunks=_padded(chunks, layout.layers),
-            first=_padded(first),
-            sink=_padded(sink),
+            raw=each[0],
+            page=each[1],
+            chunks=_chunks(chunks, layout.layers),
+            first=each[2],
+            sink=each[3],
             count=_count(self.seals),
             shadow=None if self.shadows is None else _padded(self.shadows),
         )
@@ -76,16 +79,22 @@ class Draft:
         return FineUpload(chunk=chunk, fine=fine, count=np.int32(n))
 
 
-def _padded(entries: ListOf, width: int | None = None) -> np.ndarray:
-    out = _blank(width).copy()
-    if entries:
-        out[: len(entries)] = entries
+def _padded(entries: ListOf[int]) -> np.ndarray:
+    out = _blank(ENTRIES).copy()
+    out[: len(entries)] = entries
+    return out
+
+
+def _chunks(entries: Collection[ListOf[int]], layers: int) -> np.ndarray:
+    out = _blank(ENTRIES, layers).copy()
+    flat, size = itertools.chain.from_iterable(entries), len(entries) * layers
+    out.reshape(-1)[:size] = np.fromiter(flat, np.int32, size)
     return out
 
 
 @functools.cache
-def _blank(width: int | None) -> np.ndarray:
-    return np.full(ENTRIES if width is None else (ENTRIES, width), NONE, np.int32)
+def _blank(*shape: int) -> np.ndarray:
+    return np.full(shape, NONE, np.int32)
 
 
 def _count(entries: Sized) -> np.int32:

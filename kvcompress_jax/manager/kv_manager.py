@@ -22,6 +22,7 @@ from kvcompress_jax.manager.page_store import PageStore
 from kvcompress_jax.manager.preemption import Preemption
 from kvcompress_jax.manager.prefix_cache import PrefixCache
 from kvcompress_jax.manager.schedule import Schedule
+from kvcompress_jax.manager.seals import Seals
 from kvcompress_jax.manager.tables import TableRows
 from kvcompress_jax.manager.verify import verify
 from kvcompress_jax.paged.cache import PagedCache
@@ -91,7 +92,7 @@ class KVCacheManager:
         self.sinks, self.rows, self.host = store.sinks, store.rows, store.host
         self.sequences, self.pages = store.sequences, store.pages
         self._tables = TableRows(max_sequences)
-        schedule = Schedule(store, config, self._tables.length)
+        self._schedule = schedule = Schedule(store, config, self._tables.length)
         self._lives = Lives(store, self._tables, schedule, self.counters)
         self._lives.next_id = first_sequence_id
         self.prefixes = PrefixCache(
@@ -105,7 +106,6 @@ class KVCacheManager:
         )
         self._control = LevelControl(
             store,
-            self._tables,
             schedule,
             self.prefixes,
             config,
@@ -113,7 +113,14 @@ class KVCacheManager:
             self.device,
             coldness,
         )
-        self._preemption = Preemption(self._lives, self._control, self.prefixes, self.device)
+        self._seals = Seals(
+            store,
+            self._tables,
+            self.counters,
+            self.device,
+            window_tokens=config.window_tokens,
+        )
+        self._preemption = Preemption(self._lives, self._seals, self.prefixes, self.device)
         self._heat = HeatReader(self.device, self._control)
         self.shadows = self._control.shadows
 
@@ -272,15 +279,17 @@ class KVCacheManager:
         """Plans, applies and confirms until nothing is due; `cache` is donated.
 
         What is due depends on the sequences' lengths alone, so that a sequence's pages are sealed
-        at the same point of its life whoever else is there. Reading whether seals succeeded waits
-        for the device, in steps in which pages were sealed; loops that must never wait use `plan`,
-        `apply_plan` and a later `commit`.
+        at the same point of its life whoever else is there. Seals are started a token ahead: where
+        sequences grow by single tokens, and the window is not empty, no step waits for the device.
+        After a step of a prompt, reading whether its pages could be sealed waits.
         """
         self.commit(cache)
         self._heat.step(cache)
         while (plan := self.plan(cache)) is not None:
-            cache = self.device.apply(cache, plan)
-            self.commit(cache)
+            cache, sealed = self.device.apply(cache, plan)
+            self._seals.started(sealed)
+            if self._schedule.overdue:
+                self._seals.settle(cache)
             if not (self._control.more or self._lives.copies):
                 break
         return cache
@@ -296,7 +305,7 @@ class KVCacheManager:
         Raises:
           RuntimeError: the last plan was not confirmed.
         """
-        if self.store.pending:
+        if self._seals.unknown:
             raise RuntimeError("plan: expected the last plan to be confirmed by commit()")
         self.prefixes.settle()
         draft = Draft(shadows=[] if self.sizes.shadow_pages else None)
@@ -306,9 +315,11 @@ class KVCacheManager:
         return draft.build(self.layout)
 
     def commit(self, cache: PagedCache) -> None:
-        """Confirms the seals of the last plan. The raw page of a sealed page is freed; a page with
-        a value that is not finite stays at level 0 and is counted."""
-        self._control.commit(cache)
+        """Confirms the seals of pages that have left the window. The raw page of a sealed page is
+        freed; a page with a value that is not finite stays at level 0 and is counted. After a plan
+        that was not applied by `advance`, waits for the device."""
+        self._seals.look(cache)
+        self._seals.settle(cache)
 
     def table(
         self,

@@ -1,6 +1,5 @@
-"""Seals, demotions and promotions: what is due becomes a plan, and is confirmed."""
+"""Seals, demotions and promotions: what is due becomes a plan."""
 
-import logging
 from collections import deque
 from collections.abc import Iterable
 
@@ -16,10 +15,7 @@ from kvcompress_jax.manager.page_store import PageStore
 from kvcompress_jax.manager.prefix_cache import PrefixCache
 from kvcompress_jax.manager.schedule import Schedule
 from kvcompress_jax.manager.shadows import Shadows
-from kvcompress_jax.manager.tables import TableRows
 from kvcompress_jax.paged.cache import PagedCache
-
-logger = logging.getLogger("kvcompress_jax.manager")
 
 # Coldest pages that are looked up at a time.
 _QUEUE = 8 * ENTRIES
@@ -31,7 +27,6 @@ class LevelControl:
     def __init__(
         self,
         store: PageStore,
-        tables: TableRows,
         schedule: Schedule,
         prefixes: PrefixCache,
         config: CompressionConfig,
@@ -43,7 +38,6 @@ class LevelControl:
         self.config = config
         self.counters = counters
         self.shadows = Shadows(store.sizes.shadow_pages, config.telemetry_share)
-        self._tables = tables
         self._schedule = schedule
         self._prefixes = prefixes
         self._device = device
@@ -97,27 +91,6 @@ class LevelControl:
             or len(draft.tables) == ENTRIES
             or bool(self._asked or self._hot or self._look_at_old)
         )
-
-    def commit(self, cache: PagedCache) -> None:
-        """Confirms the seals of the last plan; see `KVCacheManager.commit`."""
-        store = self.store
-        if not store.pending:
-            return
-        sealed = self._device.sealed(cache)
-        pending, store.pending = store.pending, []
-        for page in pending:
-            if sealed[page.sealed]:
-                store.confirm(page)
-                self.counters.seals += 1
-                for owner in page.owners:
-                    if (row := store.sequences[owner].row) != NONE:
-                        self._tables.seal(row, page)
-            else:
-                store.return_code(page)
-                page.unsealable = True
-                self.counters.rejected += 1
-                why = self._device.why_rejected(cache, page.raw, page.index)
-                logger.warning("page stays at level 0: %s", why)
 
     def _demote_old(self, draft: Draft, cache: PagedCache | None) -> None:
         if self.config.demote_after_tokens is None:

@@ -40,7 +40,10 @@ class Lives:
         return sequence
 
     def rows(self, sequence_ids: ListOf[int]) -> np.ndarray:
-        """i64[sequences], their rows; most calls are for the sequences of the last one."""
+        """i64[sequences], their rows; most calls are for the sequences of the last one, or for one
+        whose prompt is fed beside them."""
+        if len(sequence_ids) == 1:
+            return np.array([self.resident(sequence_ids[0]).row], np.int64)
         if sequence_ids != self._batch[0]:
             rows = [self.resident(i).row for i in sequence_ids]
             self._batch = (list(sequence_ids), np.array(rows, np.int64))

@@ -56,7 +56,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        return self.parked if self.row == NONE else int(self.lengths[self.row])
+        return self.parked if self.row == NONE else self.lengths.item(self.row)
 
     @length.setter
     def length(self, tokens: int) -> None:

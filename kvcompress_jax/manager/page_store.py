@@ -8,6 +8,7 @@ from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.manager.free_list import NO_SHARES, FreeList
 from kvcompress_jax.manager.host_tier import Below, HostTier
 from kvcompress_jax.manager.page import NONE, Page, Sequence
+from kvcompress_jax.manager.seals import Outcome
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
 
 
@@ -19,7 +20,8 @@ class PageStore:
       host: what left the device and may come back.
       pages: by uid.
       sequences: by id; `by_row` those on the device.
-      pending: pages whose seal is planned and not yet confirmed.
+      pending: pages whose seal is planned and not yet confirmed, in that order, and how it ends;
+        None while nobody told (`kvcompress_jax.manager.seals`).
       floors: layers that never go below level 1.
       holder: page of each sealed page in use.
       uid: i64[sealed_pages], of the page.
@@ -56,7 +58,7 @@ class PageStore:
         self.pages: dict[int, Page] = {}
         self.sequences: dict[int, Sequence] = {}
         self.by_row: list[Sequence | None] = [None] * max_sequences
-        self.pending: list[Page] = []
+        self.pending: dict[Page, Outcome | None] = {}
         self.holder: list[Page | None] = [None] * sizes.sealed_pages
         self.level = np.zeros(sizes.sealed_pages, np.int8)
         self.heat = np.zeros(sizes.sealed_pages, np.float32)
@@ -67,6 +69,8 @@ class PageStore:
         self.tenants: dict[str, int] = {}
         self.typical_heat = 0.0
         self._next_uid = 0
+        self._no_chunks = (NONE,) * layout.layers
+        self._chunks_for = (0, layout.layers, len(self.floors), 0)  # by level
 
     # Pages and owners
 
@@ -93,7 +97,7 @@ class PageStore:
         if page.owners or page.kept:
             return
         if page.pending:
-            self.pending.remove(page)
+            del self.pending[page]
         self.return_raw(page)
         self.return_code(page)
         self.host.drop(page.uid)
@@ -104,7 +108,11 @@ class PageStore:
         prefix cache holds does not age."""
         if not page.owners:
             return NONE
-        shortest = min(self.sequences[owner].length for owner in page.owners)
+        if len(page.owners) == 1:
+            (owner,) = page.owners
+            shortest = self.sequences[owner].length
+        else:
+            shortest = min(self.sequences[owner].length for owner in page.owners)
         return shortest - (page.index + 1) * self.layout.page_size
 
     # Codes
@@ -123,7 +131,7 @@ class PageStore:
             (page.sink,) = self.sinks.take(1, page.tenant)
         page.level, page.pending = level, True
         self._enter(page, self.typical_heat)  # nothing is known yet
-        self.pending.append(page)
+        self.pending[page] = None
 
     def confirm(self, page: Page) -> None:
         """The code is there: the raw page goes."""
@@ -153,8 +161,11 @@ class PageStore:
 
     def forget_fine(self, page: Page) -> None:
         """Level 1 to 2: all chunks but those of the floor layers are given back."""
-        kept = tuple(c if i in self.floors else NONE for i, c in enumerate(page.chunks))
-        self.chunks.give_back(set(page.chunks) - set(kept), page.tenant)
+        gone, kept = page.chunks, self._no_chunks
+        if self.floors:
+            kept = tuple(c if i in self.floors else NONE for i, c in enumerate(gone))
+            gone = tuple(c for i, c in enumerate(gone) if i not in self.floors)
+        self.chunks.give_back(gone, page.tenant)
         page.chunks, page.level = kept, 2
         self.level[page.sealed] = 2
 
@@ -169,12 +180,12 @@ class PageStore:
 
     def chunks_for(self, level: int) -> int:
         """Fine chunks of a page at a level."""
-        return {1: self.layout.layers, 2: len(self.floors), 3: 0}[level]
+        return self._chunks_for[level]
 
     @property
     def missing_chunks(self) -> int:
         """What a page at level 2 needs for level 1."""
-        return self.chunks_for(1) - self.chunks_for(2)
+        return self._chunks_for[1] - self._chunks_for[2]
 
     def _enter(self, page: Page, heat: float) -> None:
         at = page.sealed

@@ -2,21 +2,19 @@
 
 from kvcompress_jax.manager import swap
 from kvcompress_jax.manager.device import Device
-from kvcompress_jax.manager.level_control import LevelControl
 from kvcompress_jax.manager.lives import Lives
 from kvcompress_jax.manager.page import Sequence
 from kvcompress_jax.manager.prefix_cache import PrefixCache
+from kvcompress_jax.manager.seals import Seals
 from kvcompress_jax.paged.cache import PagedCache
 
 
 class Preemption:
     """`KVCacheManager.preempt` and `resume` say what they promise."""
 
-    def __init__(
-        self, lives: Lives, control: LevelControl, prefixes: PrefixCache, device: Device
-    ) -> None:
+    def __init__(self, lives: Lives, seals: Seals, prefixes: PrefixCache, device: Device) -> None:
         self._lives = lives
-        self._control = control
+        self._seals = seals
         self._prefixes = prefixes
         self._device = device
 
@@ -24,7 +22,9 @@ class Preemption:
         """Copies the pages that the sequence alone owns, and gives their ids back."""
         if self._lives.copies:
             raise RuntimeError("preempt: expected no forks that wait for a plan")
-        self._control.commit(cache)
+        self._seals.look(cache)
+        self._seals.settle(cache)
+        self._seals.cancel(sequence)
         # Prefixes that nobody else uses go: else their pages would stay, and there were no room.
         self._prefixes.release_pages_of(sequence)
         store = self._lives.store

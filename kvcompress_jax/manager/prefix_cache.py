@@ -221,7 +221,7 @@ class PrefixCache:
         """Whether a page that is not sealed is where it should be."""
         size = self._store.layout.page_size
         inside = length - (page.index + 1) * size < self._window_tokens
-        return inside and page.sealed == NONE
+        return inside and (page.sealed == NONE or page.pending)
 
     def _whole(self, page: Page) -> bool:
         """Whether a page is at the level that it was due to have, or can come back there."""

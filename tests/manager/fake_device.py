@@ -36,7 +36,7 @@ class FakeDevice:
         if plan.seals is not None:
             for i in range(int(plan.seals.count)):
                 self._seal(cache, plan.seals, i)
-        return cache
+        return cache, None if plan.seals is None else cache.sealed[plan.seals.page]
 
     def _seal(self, cache, seals, i):
         raw, page, size = seals.raw[i], seals.page[i], cache.layout.page_size

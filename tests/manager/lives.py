@@ -289,7 +289,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.commit(self.cache)
         plan = self.manager.plan(self.cache)
         if plan is not None:
-            self.cache = self.manager.device.apply(self.cache, plan)
+            self.cache, _ = self.manager.device.apply(self.cache, plan)
         if confirm:
             self.manager.commit(self.cache)
 

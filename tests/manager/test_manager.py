@@ -54,6 +54,44 @@ def test_pages_are_sealed_when_they_leave_the_window():
     manager.verify(cache)
 
 
+def test_a_seal_is_started_a_token_ahead():
+    """The device has the code before the page leaves the window; who attends finds it raw."""
+    config = CompressionConfig(page_size=16, window_tokens=20)
+    manager, cache, sequence = grown(config, sizes(), 16 + 19)
+    (page,) = manager.store.pending
+    assert page.index == 0 and bool(cache.sealed[page.sealed])
+    assert manager.table([sequence]).raw_count[0] == 3 and manager.counters.seals == 0
+    cache = manager.advance(cache)  # its owner did not grow: nor does anything change
+    assert list(manager.store.pending) == [page]
+    manager.device.apply = None  # nothing more is asked of it
+    cache = grow(manager, cache, sequence, 1)
+    assert manager.table([sequence]).raw_count[0] == 2 and manager.counters.seals == 1
+    assert not manager.store.pending
+    manager.verify(cache)
+
+
+@pytest.mark.parametrize("tokens", [16 + 19, 16 + 18])
+def test_preemption_ahead_of_a_seal_changes_nothing(tokens):
+    config = CompressionConfig(page_size=16, window_tokens=20)
+    found = []
+    for preempted in (False, True):
+        manager, cache, sequence = grown(config, sizes(), tokens)
+        if preempted:
+            manager.preempt(sequence, cache)
+            assert manager.sealed.used == 0 and not manager.store.pending
+            manager.verify(cache)
+            cache = manager.resume(sequence, cache)
+        for _ in range(2):
+            cache = grow(manager, manager.advance(cache), sequence, 1)
+            assert manager.counters.seals == (manager.length(sequence) >= 16 + 20)
+        manager.verify(cache)
+        page = manager.sequences[sequence].pages[0]
+        ids = np.array([page.sealed])
+        found.append([np.asarray(x) for i in range(LAYERS) for x in read_pages(cache, i, ids)])
+    for a, b in zip(*found, strict=True):
+        assert np.array_equal(a, b)
+
+
 def test_a_shared_page_waits_for_its_youngest_owner():
     config = CompressionConfig(page_size=16, window_tokens=16)
     manager, cache, first = grown(config, sizes(), 32)

@@ -1,7 +1,5 @@
 """Random lives of a cache against a plain Python model of it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -289,12 +287,13 @@ def _keep_the_chunks_of_evicted_pages(manager):
 
 
 def _trust_the_seal(manager):
-    commit = manager.commit
+    apply = manager.device.apply
 
-    def broken(cache):
-        commit(dataclasses.replace(cache, sealed=jnp.ones_like(cache.sealed)))
+    def broken(cache, plan):
+        cache, sealed = apply(cache, plan)
+        return cache, None if sealed is None else jnp.ones_like(sealed)
 
-    manager.commit = broken
+    manager.device.apply = broken
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""Seals that were started: from when the device is told until the tables say so."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+from kvcompress_jax.manager.page import NONE, Sequence
+
+if TYPE_CHECKING:
+    from kvcompress_jax.manager.counters import Counters
+    from kvcompress_jax.manager.device import Device
+    from kvcompress_jax.manager.page_store import PageStore
+    from kvcompress_jax.manager.tables import TableRows
+    from kvcompress_jax.paged.cache import PagedCache
+
+logger = logging.getLogger("kvcompress_jax.manager")
+
+
+class Outcome(NamedTuple):
+    """Whether a page has a code, once the device knows."""
+
+    sealed: jax.Array | np.ndarray  # bool[entries], of a plan
+    entry: int
+
+    def wait(self) -> bool:
+        """The answer; waits for the device if it does not know yet."""
+        return np.asarray(self.sealed).item(self.entry)
+
+
+class Seals:
+    """A page becomes a sealed one when it leaves the window, and not before: who attends to it in
+    which form is a matter of its sequences' lengths alone. Its seal may have been started a token
+    ahead of that (`Schedule`), and then nobody waits for the device to learn how it ended."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        tables: TableRows,
+        counters: Counters,
+        device: Device,
+        *,
+        window_tokens: int,
+    ) -> None:
+        self._store = store
+        self._tables = tables
+        self._counters = counters
+        self._device = device
+        self._window_tokens = window_tokens
+
+    @property
+    def unknown(self) -> bool:
+        """Whether there are seals that were planned and of which nobody told how they end."""
+        return None in self._store.pending.values()
+
+    def started(self, sealed: jax.Array | np.ndarray | None) -> None:
+        """The last plan is on the device.
+
+        Args:
+          sealed: bool[entries], which of its seals have a code, once that is known; None if it has
+            no seals.
+        """
+        if sealed is None:
+            return
+        pending = self._store.pending
+        new = [page for page, outcome in pending.items() if outcome is None]
+        for i, page in enumerate(new):
+            pending[page] = Outcome(sealed, i)
+
+    def look(self, cache: PagedCache) -> None:
+        """Finds out how seals of a plan ended that somebody else applied; waits for the device."""
+        if self.unknown:
+            sealed, pending = self._device.sealed(cache), self._store.pending
+            for page in [page for page, outcome in pending.items() if outcome is None]:
+                pending[page] = Outcome(sealed, page.sealed)
+
+    def settle(self, cache: PagedCache) -> None:
+        """Confirms the pages that have left the window. A page that could not be sealed stays at
+        level 0 and is counted."""
+        store = self._store
+        due = [
+            (page, outcome)
+            for page, outcome in store.pending.items()
+            if outcome is not None and store.age(page) >= self._window_tokens
+        ]
+        for page, outcome in due:
+            del store.pending[page]
+            if outcome.wait():
+                store.confirm(page)
+                self._counters.seals += 1
+                for owner in page.owners:
+                    if (row := store.sequences[owner].row) != NONE:
+                        self._tables.seal(row, page)
+            else:
+                store.return_code(page)
+                page.unsealable = True
+                self._counters.rejected += 1
+                why = self._device.why_rejected(cache, page.raw, page.index)
+                logger.warning("page stays at level 0: %s", why)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """A sequence leaves the device: pages that it alone owns, and that are not due, are as
+        before, and will be sealed when it is back."""
+        for page in sequence.pages:
+            if page.pending and page.owners == {sequence.id}:
+                del self._store.pending[page]
+                self._store.return_code(page)
+                sequence.settled = 0
