@@ -9,7 +9,7 @@ PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
 # Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-vllm lint bench peers leaderboard fidelity gpu-gate gpu-roofline clean
+.PHONY: demo test test-vllm lint bench peers leaderboard fidelity importance gpu-gate gpu-roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
@@ -51,10 +51,14 @@ leaderboard: $(VENV)/.demo $(PROFILES)/.calibrated
 	  --profile $(CALIBRATED_BITS:%=$(PROFILES)/smollm2-%.safetensors) \
 	  --outlier-profile $(PROFILES)/outliers-4.5.safetensors $(LEADERBOARD_ARGS)
 
-# The README's tables of fidelity and of importance, of the texts named.
+# The README's tables of fidelity, of the texts named.
 fidelity: $(VENV)/.demo $(PROFILES)/.calibrated
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/fidelity.py $(TEXTS) \
 	  --profile $(CALIBRATED_BITS:%=$(PROFILES)/smollm2-%.safetensors)
+
+# The README's table of learned importance: half an hour on two cores.
+importance: $(VENV)/.test
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/importance.py $(TEXTS) $(IMPORTANCE_ARGS)
 
 $(PROFILES)/.calibrated: | $(VENV)/.demo
 	mkdir -p $(PROFILES)

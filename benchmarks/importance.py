@@ -1,18 +1,22 @@
 """Which importance orders the tokens of a page best: KL by score, with the specification's weights.
 
+    make importance TEXTS="prose.txt code.txt"
+
+which runs
+
     .venv/bin/python benchmarks/importance.py FILE...
 
-SmolLM2 on several parts of each text's second half: 1,024 tokens of context, then 256 tokens that
+A model on several parts of each text's second half: 1,024 tokens of context, then 256 tokens that
 are teacher-forced; at 6.56 bits (half of each page's tokens refined) and at 5.56 (a quarter). The
 learned scores are trained here, on the first halves of the texts: one score for each text, one for
 all of them. The oracle knows the attention that those 256 tokens will give: no score can be
-expected to do better. Geometric mean over the parts, 1e-4 nats per token.
+expected to do better. Geometric mean over the parts, 1e-4 nats per token. Half an hour.
 """
 
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -31,9 +35,6 @@ from kvcompress_jax.lab.train_importance import train_importance
 from kvcompress_jax.models.dense import capture_forward
 from kvcompress_jax.models.load import Model, load_model
 from kvcompress_jax.models.runner import make_runner
-
-CONTEXT, CONTINUATION = 1024, 256
-RATIOS = (0.5, 0.25)
 
 
 @jax.tree_util.register_dataclass
@@ -55,63 +56,76 @@ class Oracle:
 class Part:
     """A part of a text, and what the uncompressed model says about it."""
 
-    def __init__(self, model: Model, tokens: list[int]) -> None:
-        self.model, self.tokens = model, tokens
+    def __init__(self, model: Model, tokens: list[int], *, context: int) -> None:
+        self.model, self.tokens, self.context = model, tokens, context
         self.logits = self._logits(CompressionConfig(enabled=False), None)
 
     def kl(self, config: CompressionConfig, score: LearnedScore | None = None) -> float:
         """Mean KL from the uncompressed model, nats per token."""
-        targets = np.array(self.tokens[CONTEXT + 1 :], np.int32)
+        targets = np.array(self.tokens[self.context + 1 :], np.int32)
         logits = self._logits(config, score)
         return float(divergence(self.logits[:-1], logits[:-1], targets).kl.mean())
 
     def oracle(self) -> Oracle:
         """The score that knows what comes."""
-        config = self.model.config
+        config, context = self.model.config, self.context
         tokens = jnp.asarray([self.tokens], jnp.int32)
         _, seen = capture_forward(self.model.params, config, tokens)
 
         def layer(q: jax.Array, k: jax.Array) -> jax.Array:
-            q = q[CONTEXT:].reshape(CONTINUATION, config.num_kv_heads, -1, config.head_dim)
+            q = q[context:].reshape(
+                len(self.tokens) - context, config.num_kv_heads, -1, config.head_dim
+            )
             logits = jnp.einsum("thgd,shd->hgts", q, k) * config.query_scale
-            position = jnp.arange(CONTEXT + CONTINUATION)
-            later = position[None] > position[CONTEXT:, None]
+            position = jnp.arange(len(self.tokens))
+            later = position[None] > position[context:, None]
             weights = jax.nn.softmax(jnp.where(later, -jnp.inf, logits), axis=-1)
-            return jnp.sqrt(jnp.mean(weights[..., :CONTEXT] ** 2, axis=(1, 2))).T
+            return jnp.sqrt(jnp.mean(weights[..., :context] ** 2, axis=(1, 2))).T
 
         attention = jax.lax.map(lambda x: layer(*x), (seen.q[:, 0], seen.k[:, 0]))
-        return Oracle(keys=seen.k[:, 0, :CONTEXT], attention=attention)
+        return Oracle(keys=seen.k[:, 0, :context], attention=attention)
 
     def _logits(self, config: CompressionConfig, score: LearnedScore | None) -> jax.Array:
         runner = make_runner(
-            self.model, config, tokens=len(self.tokens), max_sequences=1, chunk_tokens=CONTEXT
+            self.model, config, tokens=len(self.tokens), max_sequences=1, chunk_tokens=self.context
         )
         if score is not None:
             runner.cache = dataclasses.replace(runner.cache, learned=score)
         sequence = runner.manager.add()
-        runner.extend(sequence, self.tokens[:CONTEXT])
+        runner.extend(sequence, self.tokens[: self.context])
         runner.chunk_tokens = config.page_size  # pages are sealed as they leave the window
-        return runner.extend(sequence, self.tokens[CONTEXT:], all_logits=True)
+        return runner.extend(sequence, self.tokens[self.context :], all_logits=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--parts", type=int, default=5, help="of each text (default: %(default)s)")
+    parser.add_argument("--parts", type=int, default=3, help="of each text (default: %(default)s)")
+    parser.add_argument("--model", default="smollm2", metavar="smollm2|FILE.gguf|DIR")
+    parser.add_argument("--context", type=int, default=1024, metavar="TOKENS")
+    parser.add_argument("--continuation", type=int, default=256, metavar="TOKENS")
+    parser.add_argument("--train-tokens", type=int, default=9216, metavar="TOKENS")
+    parser.add_argument("--magnitudes", nargs="*", choices=MAGNITUDES, default=list(MAGNITUDES))
+    parser.add_argument(
+        "--ratios", nargs="+", type=float, default=[0.5, 0.25], help="shares of refined tokens"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="every part's KL")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
-    model = load_model("smollm2")
-    assert model.tokenizer is not None
+    model = load_model(args.model)
+    if model.tokenizer is None:
+        parser.error(f"{args.model}: expected a model with a tokenizer, got none")
     names = [file.name for file in args.files]
     texts = [model.tokenizer.encode(load_text(file)) for file in args.files]
     parts = []
     for text in texts:
-        first, last = len(text) // 2, len(text) - CONTEXT - CONTINUATION
-        starts = np.linspace(first, last, args.parts).astype(int)
-        parts.append([Part(model, text[at : at + CONTEXT + CONTINUATION]) for at in starts])
+        size = args.context + args.continuation
+        starts = np.linspace(len(text) // 2, len(text) - size, args.parts).astype(int)
+        if len(text) < 2 * size:
+            parser.error(f"text: expected at least {2 * size} tokens, got {len(text)}")
+        parts.append([Part(model, text[at : at + size], context=args.context) for at in starts])
     console, found = Console(), {}
 
     def measure(name: str, config: CompressionConfig, ratios: Iterable[float]) -> None:
@@ -121,22 +135,22 @@ def main() -> None:
         console.print(name, style="dim")
 
     plain = CompressionConfig()
-    for name in MAGNITUDES:
-        ratios = RATIOS if name == plain.magnitude else RATIOS[:1]
+    for name in args.magnitudes:
+        ratios = args.ratios if name == plain.magnitude else args.ratios[:1]
         measure(name, dataclasses.replace(plain, magnitude=name), ratios)
-    measure("nobody refined (compact)", CompressionConfig.recipe("compact"), RATIOS[:1])
+    measure("nobody refined (compact)", CompressionConfig.recipe("compact"), args.ratios[:1])
     halves = [text[: len(text) // 2] for text in texts]
     groups = {name: [half] for name, half in zip(names, halves, strict=True)}
     if len(names) > 1:
         groups["all of them"] = halves
     with tempfile.TemporaryDirectory() as folder:
         for name, group in groups.items():
-            trained = train_importance(model, group, plain)
+            trained = train_importance(model, group, plain, tokens=args.train_tokens)
             path = Path(folder) / "learned.safetensors"
             save_learned(path, trained.learned, fingerprint=model.fingerprint)
             config = dataclasses.replace(plain, learned_importance=str(path))
-            measure(f"{plain.magnitude}, learned from {name}", config, RATIOS)
-    for ratio in RATIOS:
+            measure(f"{plain.magnitude}, learned from {name}", config, args.ratios)
+    for ratio in args.ratios:
         config = dataclasses.replace(plain, ratio=ratio)
         found[f"{plain.magnitude}, oracle, ratio {ratio}"] = [
             [part.kl(config, part.oracle()) for part in row] for row in parts

@@ -134,6 +134,7 @@ RUN_BY = {
     "make gpu-gate": (".ci/run", "--silent gpu-gate "),
     # Minutes to an hour on the real model; on a tiny one, what the targets run.
     "make fidelity": ("tests/benchmarks/test_fidelity.py", "fidelity.main("),
+    "make importance": ("tests/benchmarks/test_importance.py", "importance.main("),
     "make leaderboard": ("tests/benchmarks/test_leaderboard.py", "leaderboard.main("),
     ".ci/run": ("CONTRIBUTING.md", ".ci/run"),  # by whoever changes something, and it runs this
     ".venv/bin/kvcompress bench": ("tests/lab/test_tune_kernels.py", '["bench", "--tune"]'),
@@ -172,5 +173,15 @@ def test_the_code_in_the_readme_runs():
 
 def test_the_makefile_has_the_targets():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "lint", "bench", "peers", "leaderboard", "fidelity", "gpu-gate"):
+    for target in (
+        "demo",
+        "test",
+        "lint",
+        "bench",
+        "peers",
+        "leaderboard",
+        "fidelity",
+        "importance",
+        "gpu-gate",
+    ):
         assert re.search(rf"^{target}:( |$)", makefile, flags=re.MULTILINE)
