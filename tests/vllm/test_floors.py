@@ -1,5 +1,7 @@
 """Which layers ask vLLM for more memory, and that they share one plan all the same; no engine."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.interop.vllm import group
 from kvcompress_jax.interop.vllm.backend import CompressedBackend
 from kvcompress_jax.interop.vllm.floors import floor_names, with_floors
+from kvcompress_jax.interop.vllm.platform import prepare_floors
 from kvcompress_jax.interop.vllm.verify import verify
 
 NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(6)]
@@ -109,6 +112,32 @@ def test_floor_layers_that_cannot_be_are_refused(floors, names, message):
     config = CompressionConfig(seal_level=2, floor_layers=tuple(floors))
     with pytest.raises(ConfigError, match=message):
         floor_names(config, names)
+
+
+CPU = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def engine(pipeline, worker):
+    parallel = SimpleNamespace(pipeline_parallel_size=pipeline, worker_cls=worker)
+    return SimpleNamespace(parallel_config=parallel)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "worker", "message"),
+    [
+        (2, CPU, "pipeline_parallel_size: expected 1 with floor_layers, got 2"),
+        (1, "theirs.Worker", r"worker_cls: expected one of \['vllm.*got theirs.Worker"),
+    ],
+)
+def test_engines_that_cannot_have_floor_layers_are_refused(pipeline, worker, message):
+    config = CompressionConfig(seal_level=2, floor_layers=(0,))
+    with pytest.raises(ConfigError, match=message):
+        prepare_floors(engine(pipeline, worker), config)
+    prepare_floors(engine(pipeline, worker), CompressionConfig(seal_level=2))
+    possible = engine(1, CPU)
+    for _ in range(2):  # vLLM checks a configuration more than once
+        prepare_floors(possible, config)
+        assert possible.parallel_config.worker_cls.endswith(".worker_cpu.FloorCpuWorker")
 
 
 def test_layers_of_several_shapes_are_refused(specs):

@@ -62,7 +62,7 @@ class CompressedPlatform:
                 f" {parallel.worker_extension_cls}"
             )
         parallel.worker_extension_cls = WORKER
-        _prepare_floors(vllm_config, config)
+        prepare_floors(vllm_config, config)
         metrics.collect_from_workers()
 
     @classmethod
@@ -82,7 +82,7 @@ class CompressedPlatform:
         return BACKEND
 
 
-def _prepare_floors(vllm_config: VllmConfig, config: CompressionConfig) -> None:
+def prepare_floors(vllm_config: VllmConfig, config: CompressionConfig) -> None:
     """Puts in the worker that asks for more memory in floor layers, where there are such.
 
     Raises:
