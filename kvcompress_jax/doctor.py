@@ -70,6 +70,8 @@ def _configuration(environ: Mapping[str, str]) -> list[Finding]:
     if not config.compresses:
         return [Finding(name="configuration", found="compression is off")]
     level = f"sealed at level {config.sealed_level}"
+    if config.floor_layers:
+        level += f", layers {', '.join(map(str, config.floor_layers))} not below level 1"
     pages = f"pages of {config.page_size} tokens, the newest {config.window_tokens} tokens raw"
     return [Finding(name="configuration", found=f"{level}, {pages}")]
 

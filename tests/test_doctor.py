@@ -24,6 +24,14 @@ def test_reports_this_machine(capsys, monkeypatch):
     assert names[:4] == ["Python", "JAX", "PyTorch", "configuration"]
 
 
+def test_floor_layers_are_named(tmp_path):
+    (tmp_path / "a.toml").write_text('recipe = "compact"\nfloor_layers = [0, -1]\n')
+    found = doctor.examine({"KVCOMPRESS_CONFIG": str(tmp_path / "a.toml")})
+    assert not any(f.problem for f in found)
+    (shown,) = (f.found for f in found if f.name == "configuration")
+    assert shown.startswith("sealed at level 2, layers 0, -1 not below level 1, pages of 64")
+
+
 def test_a_setting_that_is_wrong_is_a_problem(capsys, monkeypatch):
     monkeypatch.setenv("KVCOMPRESS_PAGE_SIZE", "63")
     assert main(["doctor"]) == 1

@@ -40,13 +40,11 @@ class Goal:
       bits: stored bits per value of the cache of one sequence, everything counted, at most; None:
         as few as the bound allows.
       length_tokens: of that sequence.
-      uniform: the same for all layers, and no calibrated codes.
     """
 
     bound: QualityBound
     bits: float | None = None
     length_tokens: int = 8192
-    uniform: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,17 +215,16 @@ class Tuner:
                 [p.refined(c, rows) for p, c in zip(planes, contexts, strict=True)]
             )
 
-        if not self.order and not self.goal.uniform:
+        if not self.order:
             self._sensitivity(measure, config.page_size)
-        order = list(range(layers)) if self.goal.uniform else self.order
         known: dict[tuple[float, int], Candidate] = {}
 
         def attempt(ratio: float, count: int) -> Candidate:
             ratio = ratio if count else 1.0  # with no layer refined all shares are the same
             if (ratio, count) not in known:
-                tried = _layered(config, ratio, order[:count], layers)
+                tried = _layered(config, ratio, self.order[:count], layers)
                 rows = np.zeros(layers, int)
-                rows[order[:count]] = tried.refined_tokens(config.page_size)
+                rows[self.order[:count]] = tried.refined_tokens(config.page_size)
                 kl, top1 = measure(rows)
                 known[ratio, count] = Candidate(
                     config=tried, bits=self._bits(tried), kl=kl, top1=top1
@@ -235,12 +232,13 @@ class Tuner:
             return known[ratio, count]
 
         for i, ratio in enumerate(RATIOS):
-            counts = (0, layers) if self.goal.uniform else range(layers + 1)
-            fitting = [n for n in counts if self._fits(_layered(config, ratio, order[:n], layers))]
+            fitting = [
+                n
+                for n in range(layers + 1)
+                if self._fits(_layered(config, ratio, self.order[:n], layers))
+            ]
             attempt(ratio, fitting[-1])
-            if self.goal.bits is None and self.goal.uniform:
-                attempt(ratio, 0)
-            elif self.goal.bits is None:
+            if self.goal.bits is None:
                 self._fewest(functools.partial(attempt, ratio), layers)
             self.progress(stage, (i + 1) / len(RATIOS))
         self.tried += known.values()

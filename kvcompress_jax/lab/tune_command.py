@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for-vllm",
         action="store_true",
-        help="only what the vLLM plug-in can do: all layers alike, no calibrated code",
+        help="only what the vLLM plug-in can do: no calibrated code",
     )
     parser.add_argument(
         "--check",
@@ -248,7 +248,7 @@ def _search(
         kv_dtype=args.kv_dtype,
         progress=progress,
     )
-    goal = Goal(bound=bound, bits=bits, length_tokens=length, uniform=args.for_vllm)
+    goal = Goal(bound=bound, bits=bits, length_tokens=length)
     return tuner.tune(goal, profiles)
 
 

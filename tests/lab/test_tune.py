@@ -93,9 +93,8 @@ def test_the_tuner_keeps_its_budget_and_more_bits_keep_more(files):
         assert best.bits <= bits and len(found[bits].gains) == model.config.num_layers
         assert all(best.kl <= other.kl for other in found[bits].tried)
     assert found[8.0].tried[0].kl < found[6.0].tried[0].kl
-    uniform = tuner.tune(Goal(bound=bound, length_tokens=1024, uniform=True))
-    assert not any(t.config.floor_layers or t.config.profile for t in uniform.tried)
-    assert uniform.bits == min(t.bits for t in uniform.tried) < found[6.0].bits
+    least = tuner.tune(Goal(bound=bound, length_tokens=1024))
+    assert least.bits == min(t.bits for t in least.tried) < found[6.0].bits
     layers = [t.config.floor_layers for t in found[6.0].tried if t.config.floor_layers]
     most = int(np.argmax(found[6.0].gains))
     assert layers and all(most in floors for floors in layers)

@@ -93,8 +93,12 @@ def figures(llm):
     return llm.kv_cache_manager.get_compression_stats()
 
 
+def counted(llm, name):
+    return sum(m.value for m in llm.get_metrics() if m.name == name)
+
+
 def preemptions(llm):
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    return counted(llm, "vllm:num_preemptions")
 
 
 def quality(model, *, answers=False, text=True, kv_cache_dtype="auto", eager=True):
@@ -114,7 +118,7 @@ def quality(model, *, answers=False, text=True, kv_cache_dtype="auto", eager=Tru
         started = time.monotonic()
         loss = losses(llm, long_prompts(llm, 512))
         results["loss"], results["tokens"] = sum(loss) / len(loss), len(loss)
-        results["perplexity"] = math.exp(results["loss"])
+        results["perplexity"], results["losses"] = math.exp(results["loss"]), loss
         results["loss_seconds"] = time.monotonic() - started
     return results | {"stats": figures(llm)}
 
@@ -215,8 +219,8 @@ def sleep(model):
     return results
 
 
-def offload(model, *, options, rounds=2):
-    """The same prompts, again after vLLM forgot them; `options` are those of offloading."""
+def offloading_engine(model, options):
+    """With a prefix cache; `options` are those of offloading."""
     extra = {
         "spec_name": "KVCompressOffloadingSpec",
         "spec_module_path": "kvcompress_jax.interop.vllm.offload",
@@ -226,13 +230,18 @@ def offload(model, *, options, rounds=2):
         "kv_role": "kv_both",
         "kv_connector_extra_config": extra | options,
     }
-    llm = engine(
+    return engine(
         model,
         max_num_seqs=4,
         kv_cache_memory_bytes=100 * MIB,
         enable_prefix_caching=True,
         kv_transfer_config=transfer,
     )
+
+
+def offload(model, *, options, rounds=2):
+    """The same prompts, again after vLLM forgot them; `options` are those of offloading."""
+    llm = offloading_engine(model, options)
     prompts = long_prompts(llm, 330)
     # One that is nothing but whole blocks: its last token is computed again all the same.
     prompts.append({"prompt_token_ids": prompts[0]["prompt_token_ids"][:128]})
@@ -243,6 +252,23 @@ def offload(model, *, options, rounds=2):
         results["loads"].append(figures(llm)["offload_loads"])
         llm.reset_prefix_cache()
     results["metrics"] = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    return results
+
+
+def floors(model, *, options):
+    """Loss of half of the text of `quality`; then answers to it: its blocks are on the device, on
+    the host, nowhere."""
+    llm = offloading_engine(model, options)
+    prompts = long_prompts(llm, 512)[:2]
+    results = {"losses": losses(llm, prompts), "answers": [], "hits": [], "loads": []}
+    results |= {"capacity": capacity(llm), "stats": figures(llm)}
+    for last in (False, True, True):
+        before = counted(llm, "vllm:prefix_cache_hits")
+        # One at a time, as for the loss: nothing more is compiled.
+        results["answers"].append([greedy(llm, [prompt], 16)[0] for prompt in prompts])
+        results["hits"].append(counted(llm, "vllm:prefix_cache_hits") - before)
+        results["loads"].append(figures(llm)["offload_loads"])
+        llm.reset_prefix_cache(reset_connector=last)
     return results
 
 
@@ -274,7 +300,8 @@ def start(model, *, options, config=None):
 
 
 SCENARIOS = {
-    f.__name__: f for f in (quality, capacity_only, preempt, matrix, sleep, offload, snippet, start)
+    f.__name__: f
+    for f in (quality, capacity_only, preempt, matrix, sleep, offload, floors, snippet, start)
 }
 
 

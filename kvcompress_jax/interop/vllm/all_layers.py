@@ -1,11 +1,15 @@
 """What all layers do alike."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from kvcompress_jax.interop.vllm.layer import LayerMemory
 from kvcompress_jax.interop.vllm.pools import SEALED_POOLS
 from kvcompress_jax.interop.vllm.step import Seals
+
+FLOOR_FINE = "floor_fine"  # of a page: the fine planes of the floor layers
 
 
 class AllLayers:
@@ -14,15 +18,23 @@ class AllLayers:
     def __init__(self) -> None:
         self.memories: dict[str, LayerMemory] = {}
 
+    @property
+    def floors(self) -> list[int]:
+        """Which of the layers are floor layers."""
+        return [i for i, m in enumerate(self.memories.values()) if m.carve.floor]
+
+    def _of_kind(self, *, floor: bool) -> list[LayerMemory]:
+        return [m for m in self.memories.values() if m.carve.floor == floor]
+
     def seal(self, seals: Seals) -> None:
         for memory in self.memories.values():
             memory.seal(seals)
 
     def save_fine(self, chunk: int) -> list[np.ndarray]:
-        return [m.pools["fine"][chunk].cpu().numpy().copy() for m in self.memories.values()]
+        return [m.pools["fine"][chunk].cpu().numpy().copy() for m in self._of_kind(floor=False)]
 
     def load_fine(self, chunk: int, saved: list[np.ndarray]) -> None:
-        for memory, fine in zip(self.memories.values(), saved, strict=True):
+        for memory, fine in zip(self._of_kind(floor=False), saved, strict=True):
             memory.pools["fine"][chunk] = torch.from_numpy(fine).to(memory.device)
 
     def take(self, name: str, i: int) -> np.ndarray:
@@ -30,8 +42,19 @@ class AllLayers:
         return np.stack([m.take(name, i) for m in self.memories.values()])
 
     def take_sealed(self, block: int) -> dict[str, np.ndarray]:
-        """A sealed page without its fine planes."""
-        return {name: self.take(name, block) for name in SEALED_POOLS}
+        """A sealed page without the fine planes that it may lack."""
+        page = {name: self.take(name, block) for name in SEALED_POOLS}
+        if floors := self._of_kind(floor=True):
+            page[FLOOR_FINE] = np.stack([m.take("fine", block) for m in floors])
+        return page
+
+    def put_sealed(self, block: int, page: Mapping[str, np.ndarray]) -> None:
+        """The reverse of `take_sealed`."""
+        for name in SEALED_POOLS:
+            self.put(name, block, page[name])
+        if floors := self._of_kind(floor=True):
+            for memory, fine in zip(floors, page[FLOOR_FINE], strict=True):
+                memory.put("fine", block, fine)
 
     def put(self, name: str, i: int, array: np.ndarray) -> None:
         """The reverse of `take`."""
@@ -40,8 +63,12 @@ class AllLayers:
 
     def code(self, raw: int, *, first: bool) -> dict[str, np.ndarray]:
         """The code of a raw page, with fine planes where the layers have such."""
-        codes = [m.code(raw, first=first) for m in self.memories.values()]
-        return {name: np.stack([code[name] for code in codes]) for name in codes[0]}
+        codes = [(m.code(raw, first=first), m.carve.floor) for m in self.memories.values()]
+        page = {name: np.stack([code[name] for code, _ in codes]) for name in SEALED_POOLS}
+        for name, of_floors in (("fine", False), (FLOOR_FINE, True)):
+            fine = [code["fine"] for code, floor in codes if floor == of_floors and "fine" in code]
+            page |= {name: np.stack(fine)} if fine else {}
+        return page
 
     def code_sinks(self, block: int, chunk: int, exact: np.ndarray) -> None:
         """See `LayerMemory.code_sinks`."""

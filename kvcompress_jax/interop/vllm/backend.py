@@ -94,7 +94,7 @@ class CompressedBackend(AttentionBackend):
 
 
 class StepBuilder(AttentionMetadataBuilder["StepMetadata"]):
-    """Plans each step, once for all layers."""
+    """Plans each step, once for all layers: one of these for each kind of memory that they have."""
 
     def __init__(
         self,
@@ -104,9 +104,10 @@ class StepBuilder(AttentionMetadataBuilder["StepMetadata"]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        from kvcompress_jax.interop.vllm.group import Group
+        from kvcompress_jax.interop.vllm.group import group_of
 
-        self.group = Group(
+        self.group = group_of(
+            vllm_config,
             kv_cache_spec,
             layer_names,
             dtype=dtype_name(vllm_config.model_config.dtype),
@@ -125,6 +126,7 @@ class StepBuilder(AttentionMetadataBuilder["StepMetadata"]):
         lengths = common.seq_lens[:rows].cpu().numpy()
         columns = -(-int(lengths.max(initial=1)) // self.kv_cache_spec.block_size)
         step = self.group.plan(
+            self.layer_names[0],
             common.query_start_loc_cpu[: rows + 1].numpy(),
             lengths,
             common.block_table_tensor[:rows, :columns].cpu().numpy(),

@@ -7,7 +7,8 @@ prefix cache, at the level that it has.
 
 All layers do the same, so that this is decided once a step, before the first layer runs. What must
 happen before that (a fine plane to the host and back, a page sealed early to make room) is done
-by the `Executor` at once, in all layers.
+by the `Executor` at once, in all layers. The fine planes of floor layers alone are no part of it:
+they are there as long as a block is sealed, and a block's level is that of the other layers.
 """
 
 import collections
@@ -17,7 +18,7 @@ import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.interop.vllm.arrays import Row, coarse, decode_of, prefill_of, seals_of
-from kvcompress_jax.interop.vllm.carve import Carve
+from kvcompress_jax.interop.vllm.carve import Carves
 from kvcompress_jax.interop.vllm.executor import Counters, Executor
 from kvcompress_jax.interop.vllm.step import NONE, Step
 from kvcompress_jax.manager.free_list import FreeList
@@ -26,10 +27,19 @@ PROMOTIONS_PER_STEP = 4
 
 
 class BlockStates:
-    """State of all blocks of one KV cache group."""
+    """State of all blocks of one KV cache group.
 
-    def __init__(self, carve: Carve, config: CompressionConfig, layers: int) -> None:
-        self.carve, self.config, self.layers = carve, config, layers
+    Attributes:
+      layers: of the group, as far as they are known.
+      floors: how many of them are floor layers.
+    """
+
+    def __init__(
+        self, carves: Carves, config: CompressionConfig, *, layers: int = 0, floors: int = 0
+    ) -> None:
+        self.carves, self.config = carves, config
+        self.layers, self.floors = layers, floors
+        self.carve = carve = carves.common
         self.page_size = carve.layout.page_size
         blocks, sizes = carve.blocks, carve.sizes
         self.raw_of = np.full(blocks, NONE, np.int32)
@@ -110,8 +120,10 @@ class BlockStates:
             self._give_places([*leaving, *direct], executor)
         columns = coarse(max((len(row.blocks) for row in rows), default=1), 8)
         seals = seals_of(self, [int(self.raw_of[b]) for b in leaving], leaving)
+        own = np.arange(self.carve.blocks, dtype=np.int32)
         step = Step(
             fine_of=np.where(self.sealed, self.chunk_of, NONE)[None].astype(np.int32),
+            floor_fine_of=np.where(self.sealed, own, NONE)[None].astype(np.int32),
             decode=decode_of(self, [row for row in rows if row.count == 1], columns),
             prefills=tuple(prefill_of(self, row, columns) for row in rows if row.count > 1),
             seals=seals,
@@ -200,7 +212,8 @@ class BlockStates:
         Args:
           block: whatever it held is forgotten.
           place: in its sequence.
-          fine: fine planes of all layers, kept on the host when no chunk is free.
+          fine: fine planes of all layers but the floor layers, kept on the host when no chunk is
+            free.
           sinks: whether it has exact first tokens.
           heat: attention that it got.
 
@@ -352,5 +365,5 @@ class BlockStates:
 
     @property
     def chunk_bytes(self) -> int:
-        """A fine chunk of all layers."""
-        return self.layers * self.carve.layout.fine_chunk_bytes
+        """A fine chunk of all layers but the floor layers."""
+        return (self.layers - self.floors) * self.carve.layout.fine_chunk_bytes

@@ -15,7 +15,7 @@ class Executor(Protocol):
         """Codes raw pages."""
 
     def save_fine(self, chunk: int) -> list[np.ndarray]:
-        """The fine chunks of all layers, copied to the host."""
+        """The fine chunks of all layers but the floor layers, copied to the host."""
 
     def load_fine(self, chunk: int, saved: list[np.ndarray]) -> None:
         """The reverse of `save_fine`, to any chunk."""

@@ -51,7 +51,8 @@ class LayerMemory(LayerPools):
           soft_cap: of the logits, or None.
         """
         self._scale, self._soft_cap = scale, soft_cap
-        cache = dataclasses.replace(self.cache, fine_of=jnp.asarray(step.fine_of))
+        fine_of = step.floor_fine_of if self.carve.floor else step.fine_of
+        cache = dataclasses.replace(self.cache, fine_of=jnp.asarray(fine_of))
         covered = 0
         if step.decode is not None:
             self._decode(q, k, v, out, cache, step, step.decode)
@@ -180,7 +181,7 @@ class LayerMemory(LayerPools):
             query_lengths,
             scale=self._scale,
             soft_cap=self._soft_cap,
-            return_mass=self.config.tracks_attention,
+            return_mass=self.tracks_attention,
         )
         return to_torch(out, "output"), mass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvcompress_jax.config import ConfigError
+from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.interop.vllm import gate, metrics, settings
 from kvcompress_jax.interop.vllm.offload.options import FINGERPRINT, SPEC, read_options
 from kvcompress_jax.models.errors import ModelError
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 WORKER = "kvcompress_jax.interop.vllm.worker.CompressionWorker"
 SCHEDULER = "kvcompress_jax.interop.vllm.scheduler.CompressedScheduler"
 BACKEND = "kvcompress_jax.interop.vllm.backend.CompressedBackend"
+FLOOR_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "kvcompress_jax.interop.vllm.worker_cpu.FloorCpuWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "kvcompress_jax.interop.vllm.worker_cuda.FloorCudaWorker",
+}
 
 
 class CompressedPlatform:
@@ -58,6 +62,7 @@ class CompressedPlatform:
                 f" {parallel.worker_extension_cls}"
             )
         parallel.worker_extension_cls = WORKER
+        prepare_floors(vllm_config, config)
         metrics.collect_from_workers()
 
     @classmethod
@@ -75,6 +80,30 @@ class CompressedPlatform:
                 f" {selected_backend.name}; set {settings.ENABLE_VARIABLE}=0 to use it"
             )
         return BACKEND
+
+
+def prepare_floors(vllm_config: VllmConfig, config: CompressionConfig) -> None:
+    """Puts in the worker that asks for more memory in floor layers, where there are such.
+
+    Raises:
+      ConfigError: the engine is of a kind in which that cannot be.
+    """
+    from kvcompress_jax.interop.vllm.carve import floors_differ
+
+    if not floors_differ(config, settings.fine_share()):
+        return
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size != 1:
+        raise ConfigError(
+            "pipeline_parallel_size: expected 1 with floor_layers, got"
+            f" {parallel.pipeline_parallel_size}"
+        )
+    worker = parallel.worker_cls
+    if worker not in (*FLOOR_WORKERS, *FLOOR_WORKERS.values()):
+        raise ConfigError(
+            f"worker_cls: expected one of {list(FLOOR_WORKERS)} with floor_layers, got {worker}"
+        )
+    parallel.worker_cls = FLOOR_WORKERS.get(worker, worker)
 
 
 def _prepare_offloading(vllm_config: VllmConfig) -> None:

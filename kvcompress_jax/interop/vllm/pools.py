@@ -31,6 +31,7 @@ class LayerPools:
 
     Attributes:
       pools: torch views into vLLM's memory, by the names of `carve.POOLS`.
+      tracks_attention: whether pages are refined here by the attention that their tokens got.
       damaged: sealed pages that held a value that was not finite, so far.
     """
 
@@ -49,12 +50,13 @@ class LayerPools:
         flat = memory.view(-1).view(torch.uint8)
         if flat.numel() != carve.buffer_bytes:
             raise ValueError(f"memory: expected {carve.buffer_bytes} bytes, got {flat.numel()}")
-        self.carve, self.config = carve, config
+        self.carve = carve
         self.address, self.device = memory.data_ptr(), memory.device
         self.pools: dict[str, torch.Tensor] = {}
         for region in carve.regions:
             part = flat[region.offset_bytes : region.offset_bytes + region.nbytes]
             self.pools[region.name] = part.view(_TORCH_DTYPES[region.dtype]).view(region.shape)
+        self.tracks_attention = config.tracks_attention and carve.sizes.fine_chunks > 0
         self.damaged = 0
 
         def alias(name: str) -> jax.Array:  # with the axis of layers, of one
@@ -75,13 +77,18 @@ class LayerPools:
             sinks=alias("sinks"),
         )
 
+    def fine_chunks(self, blocks: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        """Where the fine planes of blocks are, whose chunks are these unless the layer is a floor
+        layer."""
+        return blocks if self.carve.floor else chunks
+
     # -- sealing -----------------------------------------------------------------------------
 
     def seal(self, seals: Seals) -> None:
         """Codes raw pages."""
         source = self.index(seals.raw)
         mass = seen = None
-        if self.config.tracks_attention:
+        if self.tracks_attention:
             mass, seen = self.pools["mass"][source], self.pools["seen"][source]
         self.seal_pages(self.pools["raw"][source], mass, seen, seals)
 
@@ -100,7 +107,8 @@ class LayerPools:
         if mass is not None and seen is not None:
             mass, seen = mass[take], seen[take]
         code, damaged = self._code(kv[take], mass, seen, first=seals.sink[rows] != NONE)
-        block, chunk = self.index(seals.block[rows]), self.index(seals.chunk[rows])
+        block = self.index(seals.block[rows])
+        chunk = self.index(self.fine_chunks(seals.block, seals.chunk)[rows])
         for name in SEALED_POOLS:
             write_back(self.pools[name], code[name], name, rows=block)
         if self.carve.sizes.fine_chunks:
@@ -152,7 +160,7 @@ class LayerPools:
         """The code of a raw page, which stays as it is."""
         source = slice(raw, raw + 1)
         mass = seen = None
-        if self.config.tracks_attention:
+        if self.tracks_attention:
             mass, seen = self.pools["mass"][source], self.pools["seen"][source]
         arrays, _ = self._code(self.pools["raw"][source], mass, seen, first=np.asarray([first]))
         if not self.carve.sizes.fine_chunks:
@@ -174,23 +182,24 @@ class LayerPools:
 
     def code_sinks(self, block: int, chunk: int, exact: np.ndarray) -> None:
         """Codes a sealed first page again, with its exact first tokens among the others."""
+        at, chunks = np.asarray([block]), np.asarray([chunk])
         fine_of = np.full((1, self.carve.blocks), NONE, np.int32)
-        fine_of[0, block] = chunk
+        fine_of[0, block] = self.fine_chunks(at, chunks)[0]
         fence(self.device)
         cache = dataclasses.replace(self.cache, fine_of=jnp.asarray(fine_of))
         kv = np.array(read_block(cache, np.asarray([block], np.int32)))  # [1, 2, heads, size, dim]
         kv[0, :, :, : exact.shape[2]] = exact.astype(np.float32)
         seals = Seals(
             raw=np.zeros(1, np.int64),
-            block=np.asarray([block]),
-            chunk=np.asarray([chunk]),
+            block=at,
+            chunk=chunks,
             sink=np.asarray([NONE]),
         )
         values = torch.from_numpy(kv).to(self.pools["raw"].dtype).to(self.device)
         self.seal_pages(values, None, None, seals)
 
     def reset_statistics(self, pages: np.ndarray) -> None:
-        if self.config.tracks_attention and len(pages):
+        if self.tracks_attention and len(pages):
             at = self.index(pages)
             self.pools["mass"][at] = 0
             self.pools["seen"][at] = 0

@@ -33,7 +33,7 @@ class CompressedScheduler(Scheduler):
             spec,
             dtype=dtype_name(self.vllm_config.model_config.dtype),
             blocks=self.kv_cache_config.num_blocks,
-        )
+        ).common  # floor layers have as many raw pages
         # A sequence that begins a page while its last one is still being read has two.
         limit = max(1, carve.sizes.raw_pages // 2)
         if not carve.sizes.sealed_pages or limit >= self.max_num_running_reqs:

@@ -41,7 +41,6 @@ def read_config(
         "KVCOMPRESS_DEMOTE_AFTER_TOKENS": config.demote_after_tokens,
         "KVCOMPRESS_DISK_PATH": config.disk_path,
         "KVCOMPRESS_PREFIX_CACHE_BYTES": config.prefix_cache_bytes,
-        "floor_layers": config.floor_layers,
     }
     for name, value in refused.items():
         if value:

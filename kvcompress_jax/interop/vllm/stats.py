@@ -24,6 +24,7 @@ class VllmCompressionStats(TypedDict):
     capacity_tokens: int  # that vLLM can hand out
     uncompressed_capacity_tokens: int  # in the same memory without compression
     tokens: int  # resident
+    floor_layers: int  # that are at level 1 in all sealed blocks, whose level is the others'
     blocks_level_0: int
     blocks_level_1: int
     blocks_level_2: int
@@ -53,19 +54,23 @@ def compression_stats(
       damaged: sealed blocks that held a value that was not finite.
       moved: pages stored to the host and loaded from there.
     """
-    carve, layers = states.carve, states.layers
+    carve, layers, floors = states.carve, states.layers, states.floors
     layout = carve.layout
     raw = int(np.count_nonzero(states.raw_of != NONE))
     sealed = int(np.count_nonzero(states.sealed))
     level_1 = int(np.count_nonzero(states.sealed & (states.chunk_of != NONE)))
-    allocated = layers * (
+    chunks = (layers - floors) * states.chunks.used + floors * sealed
+    allocated = chunks * layout.fine_chunk_bytes + layers * (
         states.raw.used * layout.raw_page_bytes
         + sealed * layout.sealed_page_bytes
-        + states.chunks.used * layout.fine_chunk_bytes
         + states.sinks.used * layout.sink_slot_bytes
     )
     uncompressed = layers * (raw + sealed) * layout.uncompressed_page_bytes
-    bits = layout.effective_bits(sealed_pages=sealed, fine_chunks=states.chunks.used)
+    # A page of each layer: every one of them has an entry in a table here.
+    bits = layout.effective_bits(sealed_pages=layers * sealed, fine_chunks=chunks)
+    pool = (layers - floors) * carve.buffer_bytes
+    if states.carves.floor is not None:
+        pool += floors * states.carves.floor.buffer_bytes
     size = layout.page_size
     counts = states.counters
     return VllmCompressionStats(
@@ -73,12 +78,15 @@ def compression_stats(
         avg_compression_ratio=uncompressed / allocated if allocated else 1.0,
         uncompressed_bytes=uncompressed,
         allocated_bytes=allocated,
-        pool_bytes=layers * carve.buffer_bytes,
+        pool_bytes=pool,
         host_bytes=states.kept_bytes,
         effective_bits=None if math.isnan(bits) else bits,
         capacity_tokens=carve.blocks * size,
-        uncompressed_capacity_tokens=(carve.buffer_bytes // layout.uncompressed_page_bytes * size),
+        uncompressed_capacity_tokens=(
+            pool // (layers * layout.uncompressed_page_bytes) * size if layers else 0
+        ),
         tokens=int(states.filled.sum()),
+        floor_layers=floors,
         blocks_level_0=raw,
         blocks_level_1=level_1,
         blocks_level_2=sealed - level_1,

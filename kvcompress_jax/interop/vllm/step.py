@@ -15,7 +15,7 @@ class Seals:
 
     raw: np.ndarray  # i64[n] raw page
     block: np.ndarray  # i64[n]
-    chunk: np.ndarray  # i64[n], NONE: level 2
+    chunk: np.ndarray  # i64[n], NONE: level 2; in floor layers it is the block
     sink: np.ndarray  # i64[n] slot of the exact first tokens, NONE: there are none
 
     def __len__(self) -> int:
@@ -70,6 +70,7 @@ class Step:
     """One forward pass."""
 
     fine_of: np.ndarray  # i32[1, blocks]
+    floor_fine_of: np.ndarray  # i32[1, blocks] in floor layers
     decode: Decode | None
     prefills: tuple[Prefill, ...]
     seals: Seals  # after attention, of raw pages

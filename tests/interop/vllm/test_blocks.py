@@ -7,7 +7,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.interop.vllm.blocks import BlockStates
-from kvcompress_jax.interop.vllm.carve import carve, content_bytes, layer_layout
+from kvcompress_jax.interop.vllm.carve import carve_layers, layer_layout
 from kvcompress_jax.interop.vllm.verify import verify
 
 PAGE, BLOCKS = 16, 400
@@ -33,12 +33,11 @@ def test_two_raw_pages_are_enough_for_a_sequence(window, fine_share):
     sequences that end, and blocks that others take."""
     config = CompressionConfig(page_size=PAGE, window_tokens=window, host_bytes=1 << 14)
     layout = layer_layout(config, heads=2, dim=32, dtype="float32")
-    content = content_bytes(config, layout, raw_share=0.3, fine_share=fine_share)
-    made = carve(config, layout, blocks=BLOCKS, content=content, fine_share=fine_share)
-    states, random = BlockStates(made, config, 1), np.random.default_rng(0)
+    carves = carve_layers(config, layout, blocks=BLOCKS, raw_share=0.3, fine_share=fine_share)
+    states, random = BlockStates(carves, config, layers=1), np.random.default_rng(0)
     free, sequences = list(range(BLOCKS - 1, 0, -1)), []  # (tokens, blocks)
     for _ in range(60):
-        while len(sequences) < made.sizes.raw_pages // 2:
+        while len(sequences) < states.raw.capacity // 2:
             sequences.append([0, []])
         starts = [0]
         for sequence in sequences:

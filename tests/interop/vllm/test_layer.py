@@ -10,7 +10,12 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from kvcompress_jax.config import CompressionConfig, ConfigError  # noqa: E402
 from kvcompress_jax.interop.vllm.all_layers import AllLayers  # noqa: E402
 from kvcompress_jax.interop.vllm.blocks import BlockStates  # noqa: E402
-from kvcompress_jax.interop.vllm.carve import carve, content_bytes, layer_layout  # noqa: E402
+from kvcompress_jax.interop.vllm.carve import (  # noqa: E402
+    carve,
+    carve_layers,
+    content_bytes,
+    layer_layout,
+)
 from kvcompress_jax.interop.vllm.layer import LayerMemory  # noqa: E402
 from kvcompress_jax.interop.vllm.stats import compression_stats, merge  # noqa: E402
 from kvcompress_jax.interop.vllm.verify import verify  # noqa: E402
@@ -25,6 +30,11 @@ CONFIGS = {
     "compact": dataclasses.replace(SMALL, seal_level=2),
     "no window": dataclasses.replace(SMALL, window_tokens=0),
 }
+# Of two layers the second is a floor layer, and all of its tokens have 8 bits.
+FLOORS = {
+    name: dataclasses.replace(CONFIGS[name], floor_layers=(-1,), ratio=1.0)
+    for name in ("balanced", "compact")
+}
 # Relative error of attention to normal noise. A 4-bit code of 16 normal values has steps of about
 # 3.6 / 15 standard deviations, an error of 0.07; averaging over tokens leaves some of it. 8 bits:
 # a sixteenth. Raw pages: float32.
@@ -32,20 +42,26 @@ BOUNDS = {"raw": 1e-5, "safe": 0.02}
 
 
 class Engine:
-    """vLLM's part: blocks, sequences, and steps over them."""
+    """vLLM's part: blocks, sequences, and steps over them. One layer, and a floor layer behind it
+    where the configuration has one."""
 
     def __init__(self, config, *, blocks=48, raw_share=0.5, fine_share=0.75):
         layout = layer_layout(config, heads=HEADS, dim=DIM, dtype="float32")
-        content = content_bytes(config, layout, raw_share=raw_share, fine_share=fine_share)
-        self.carve = carve(config, layout, blocks=blocks, content=content, fine_share=fine_share)
-        # What was never written must never be read: all bits set are NaN in every float type.
-        self.memory = torch.full((self.carve.buffer_bytes,), 0xFF, dtype=torch.uint8)
+        carves = carve_layers(
+            config, layout, blocks=blocks, raw_share=raw_share, fine_share=fine_share
+        )
         self.executor = AllLayers()
-        self.layer = LayerMemory(self.memory, self.carve, config)
-        self.executor.memories["layer"] = self.layer
-        self.states = BlockStates(self.carve, config, 1)
-        for name in ("mass", "seen"):  # vLLM zeroes its memory; statistics are added to
-            self.layer.pools[name].zero_()
+        kinds = [c for c in (carves.common, carves.floor) if c is not None]
+        for i, kind in enumerate(kinds):
+            # What was never written must never be read: all bits set are NaN in every float type.
+            memory = torch.full((kind.buffer_bytes,), 0xFF, dtype=torch.uint8)
+            layer = LayerMemory(memory, kind, config)
+            self.executor.memories[f"layer {i}"] = layer
+            for name in ("mass", "seen"):  # vLLM zeroes its memory; statistics are added to
+                layer.pools[name].zero_()
+        self.layers = list(self.executor.memories.values())
+        self.layer, self.carve = self.layers[0], carves.common
+        self.states = BlockStates(carves, config, layers=len(kinds), floors=len(kinds) - 1)
         self.free = list(range(blocks - 1, 0, -1))
         self.random = np.random.default_rng(0)
 
@@ -70,7 +86,8 @@ class Engine:
         self.free += [b for b in sequence["blocks"] if b not in shared]
 
     def step(self, batch):
-        """One step of (sequence, new tokens) pairs; returns the largest relative error."""
+        """One step of (sequence, new tokens) pairs; returns the largest relative error, where there
+        is a floor layer that of either layer."""
         starts, lengths, parts = [0], [], []
         for sequence, count in batch:
             k, v, q = self.tokens(count)
@@ -89,16 +106,19 @@ class Engine:
             tables[r, : len(sequence["blocks"])] = sequence["blocks"]
         k, v, q = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts, strict=True))
         step = self.states.plan(np.array(starts), np.array(lengths), tables, self.executor)
-        out = torch.full(q.shape, torch.nan)
-        self.layer.forward(q, k, v, out, step, scale=SCALE, soft_cap=None)
+        worst = []
+        for layer in self.layers:
+            out = torch.full(q.shape, torch.nan)
+            layer.forward(q, k, v, out, step, scale=SCALE, soft_cap=None)
+            errors = []
+            for r, (sequence, _) in enumerate(batch):
+                expected = dense(sequence, parts[r][2])
+                got = out[starts[r] : starts[r + 1]].numpy()
+                norm = np.linalg.norm(expected, axis=-1)
+                errors.append((np.linalg.norm(got - expected, axis=-1) / norm).max())
+            worst.append(max(errors))
         verify(self.states)
-        errors = []
-        for r, (sequence, _) in enumerate(batch):
-            expected = dense(sequence, parts[r][2])
-            got = out[starts[r] : starts[r + 1]].numpy()
-            norm = np.linalg.norm(expected, axis=-1)
-            errors.append((np.linalg.norm(got - expected, axis=-1) / norm).max())
-        return max(errors)
+        return worst[0] if len(worst) == 1 else np.array(worst)
 
 
 def dense(sequence, q):
@@ -170,6 +190,43 @@ def test_few_chunks_demote_and_a_hot_block_is_promoted_bit_for_bit():
     assert states.chunk_of[block] >= 0 and block not in states.kept
     got = engine.layer.pools["fine"][int(states.chunk_of[block])].numpy()
     np.testing.assert_array_equal(got, saved)
+
+
+def test_a_floor_layer_has_8_bits_where_the_other_has_4():
+    config = dataclasses.replace(FLOORS["balanced"], host_bytes=1 << 20)
+    engine = Engine(config, fine_share=0.1)  # 4 chunks
+    states, (plain, floor) = engine.states, engine.layers
+    one = engine.sequence()
+    coarse, fine = np.max([engine.step([(one, count)]) for count in (32, 32, 32, 32, 1)], axis=0)
+    assert fine < BOUNDS["safe"] and coarse > 3 * BOUNDS["safe"]
+    assert states.counters.demotions > 0
+    stats = compression_stats(states, damaged=0)
+    assert stats["floor_layers"] == 1 and stats["blocks_level_2"] >= 3
+    # Every byte that is in use, layer by layer.
+    layout, sealed = engine.carve.layout, int(states.sealed.sum())
+    both = states.raw.used * layout.raw_page_bytes + sealed * layout.sealed_page_bytes
+    both += states.sinks.used * layout.sink_slot_bytes
+    chunks = states.chunks.used + sealed
+    assert stats["allocated_bytes"] == 2 * both + chunks * layout.fine_chunk_bytes
+    assert stats["pool_bytes"] == plain.carve.buffer_bytes + floor.carve.buffer_bytes
+    # Planes on the host are of one layer.
+    assert states.kept_bytes == len(states.kept) * layout.fine_chunk_bytes
+    assert all(len(saved) == 1 for saved in states.kept.values())
+    # The judge can say no: the fine plane of another block.
+    first, second = (floor.pools["fine"][int(b)] for b in np.flatnonzero(states.sealed)[:2])
+    first.copy_(~second)
+    assert engine.step([(one, 1)])[1] > BOUNDS["safe"]
+
+
+def test_a_floor_layer_orders_its_tokens_by_attention_where_no_other_need():
+    engine = Engine(dataclasses.replace(FLOORS["compact"], ratio=0.5))
+    one = engine.sequence()
+    for _ in range(3):
+        engine.step([(one, 2 * PAGE)])
+    plain, floor = engine.layers
+    raw = engine.states.raw_of[engine.states.raw_of >= 0]
+    assert floor.tracks_attention and float(floor.pools["mass"][raw].sum()) > 0
+    assert not plain.tracks_attention and float(plain.pools["mass"].sum()) == 0
 
 
 def test_without_host_memory_nothing_is_kept_or_promoted():
@@ -262,6 +319,47 @@ def test_all_pools_are_inside_the_memory(name, heads, dim, page, dtype):
     # And little of it is wasted: less than a raw page, and what alignment takes.
     assert made.buffer_bytes - end < layout.raw_page_bytes + 64 * 12
     assert made.buffer_bytes % 64 == 0
+
+
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("fine_share", [0.1, 0.75, 0.99])
+@pytest.mark.parametrize("name", FLOORS)
+def test_floor_layers_take_what_they_need_and_share_the_ids(name, fine_share, page):
+    config = dataclasses.replace(FLOORS[name], page_size=page, ratio=0.5)
+    layout = layer_layout(config, heads=3, dim=64, dtype="bfloat16")
+    made = carve_layers(config, layout, blocks=101, raw_share=0.3, fine_share=fine_share)
+    alone = dataclasses.replace(config, floor_layers=())
+    without = carve_layers(alone, layout, blocks=101, raw_share=0.3, fine_share=fine_share)
+    assert without.floor is None and without.common.buffer_bytes == made.common.buffer_bytes
+    common, floor = made.common, made.floor
+    assert floor.sizes == dataclasses.replace(common.sizes, fine_chunks=101)
+    assert without.common.sizes.raw_pages - common.sizes.raw_pages <= 1
+    needed = (101 - common.sizes.fine_chunks) * layout.fine_chunk_bytes
+    # Rounded up to whole bytes per token and head, or to what keeps layers aligned.
+    rounding = 101 * 3 * page * max(1, 64 // page)
+    assert needed - layout.fine_chunk_bytes < floor.buffer_bytes - common.buffer_bytes
+    assert floor.buffer_bytes - common.buffer_bytes <= needed + rounding
+    for kind in (common, floor):
+        end = 0
+        for region in kind.regions:
+            assert region.offset_bytes >= end and region.offset_bytes % 64 == 0
+            end = region.offset_bytes + region.nbytes
+        assert end <= kind.buffer_bytes and kind.buffer_bytes % 64 == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "fine_share"),
+    [
+        (dataclasses.replace(SMALL, floor_layers=(0,)), 1.0),
+        (dataclasses.replace(CONFIGS["raw"], floor_layers=(0,)), 0.75),
+        (CONFIGS["compact"], 0.75),
+    ],
+    ids=["chunks for all", "no codes", "no floors"],
+)
+def test_layers_are_alike_where_floors_make_no_difference(config, fine_share):
+    layout = layer_layout(config, heads=HEADS, dim=DIM, dtype="float32")
+    made = carve_layers(config, layout, blocks=48, raw_share=0.5, fine_share=fine_share)
+    assert made.floor is None
 
 
 @pytest.mark.parametrize(("name", "least"), [("balanced", 2.3), ("compact", 3.3)])

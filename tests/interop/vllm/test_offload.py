@@ -11,7 +11,7 @@ from kvcompress_jax.interop.vllm.offload.options import OffloadOptions, read_opt
 from kvcompress_jax.interop.vllm.offload.pages import BlockPages
 from kvcompress_jax.interop.vllm.offload.slots import Plane, Slots
 from kvcompress_jax.interop.vllm.verify import verify
-from tests.interop.vllm.test_layer import BOUNDS, CONFIGS, PAGE, Engine
+from tests.interop.vllm.test_layer import BOUNDS, CONFIGS, FLOORS, PAGE, Engine
 
 
 @pytest.mark.parametrize("name", ["raw", "balanced", "compact"])
@@ -46,6 +46,66 @@ def test_what_comes_back_is_attended_to_as_what_left(name, tmp_path):
     for place, block in enumerate(wrong["blocks"]):
         back.put_in(block, place, read.read(max(place, 1)))
     assert other.step([(wrong, 1)]) > 2 * bound
+
+
+def test_pages_with_floor_layers_come_back_layer_by_layer(tmp_path):
+    one, other = Engine(FLOORS["compact"]), Engine(FLOORS["compact"])
+    sequence = one.sequence()
+    one.step([(sequence, 5 * PAGE + 3)])
+    one.step([(sequence, 1)])
+    pages, back = (BlockPages(e.states, e.executor) for e in (one, other))
+    assert pages.code == back.code and pages.code.endswith("-floors-2")
+    slots = Slots.create(tmp_path / "slots", budget_bytes=1 << 20, planes=pages.planes, about="")
+    copy = other.sequence() | {n: sequence[n][: 5 * PAGE] for n in "kv"}
+    copy["blocks"] = [other.free.pop() for _ in range(5)]
+    for place, block in enumerate(copy["blocks"]):
+        left = pages.take_out(sequence["blocks"][place])  # the last ones are raw until now
+        assert len(left["base"]) == 2 and len(left["floor_fine"]) == 1 and "fine" not in left
+        slots.write(place, left)
+        back.put_in(block, place, slots.read(place))
+        verify(other.states)
+        again = back.take_out(block)
+        assert all(np.array_equal(left[n], again[n]) for n in left)
+    coarse, fine = other.step([(copy, 1)])
+    assert fine < BOUNDS["safe"] < coarse
+    # The judge can say no: the floor layer's planes of other pages.
+    for place, block in enumerate(copy["blocks"][:5]):
+        other.layers[1].put("fine", block, slots.read(4 - place)["floor_fine"][0])
+    assert other.step([(copy, 1)])[1] > BOUNDS["safe"]
+
+
+def test_a_page_at_level_1_has_fine_planes_of_both_kinds_of_layers():
+    config = dataclasses.replace(FLOORS["balanced"], host_bytes=1 << 20)
+    engine = Engine(config)
+    sequence = engine.sequence()
+    engine.step([(sequence, 3 * PAGE)])
+    pages = BlockPages(engine.states, engine.executor)
+    assert [p.name for p in pages.planes][6:] == ["fine", "floor_fine", "sinks", "heat"]
+    page = pages.take_out(sequence["blocks"][0])
+    assert len(page["fine"]) == len(page["floor_fine"]) == 1
+    taken = engine.states.chunks.take(engine.states.chunks.free)
+    pages.put_in(7, 0, page)  # there is no chunk for it, but in the floor layer
+    assert engine.states.chunk_of[7] == -1 and 7 in engine.states.kept
+    again = pages.take_out(7)
+    assert all(np.array_equal(page[n], again[n]) for n in page)
+    engine.states.chunks.give_back(taken)
+    verify(engine.states)
+
+
+def test_a_floor_layer_s_first_page_without_a_slot_is_coded_again_at_level_1():
+    one, other = Engine(FLOORS["compact"]), Engine(FLOORS["compact"])
+    sequence = one.sequence()
+    one.step([(sequence, 3 * PAGE)])
+    pages, back = (BlockPages(e.states, e.executor) for e in (one, other))
+    taken = other.states.sinks.take(other.states.sinks.free)
+    copy = other.sequence() | {n: sequence[n][: 2 * PAGE] for n in "kv"}
+    copy["blocks"] = [other.free.pop() for _ in range(2)]
+    for place, block in enumerate(copy["blocks"]):
+        back.put_in(block, place, pages.take_out(sequence["blocks"][place]))
+    other.states.sinks.give_back(taken)
+    assert back.without_sink == 1
+    coarse, fine = other.step([(copy, 1)])
+    assert fine < coarse / 4
 
 
 def test_a_sealed_page_is_the_same_when_it_comes_back():

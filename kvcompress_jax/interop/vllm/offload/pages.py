@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from kvcompress_jax.interop.vllm.all_layers import AllLayers
+from kvcompress_jax.interop.vllm.all_layers import FLOOR_FINE, AllLayers
 from kvcompress_jax.interop.vllm.blocks import BlockStates
 from kvcompress_jax.interop.vllm.offload.slots import Plane
 from kvcompress_jax.interop.vllm.pools import SEALED_POOLS
@@ -17,8 +17,9 @@ class BlockPages:
     """Takes blocks out of the layers' pools and puts them in, with what the host knows of them.
 
     A page that leaves is compressed: one that is still raw, because it is recent, is coded on its
-    way. A page of level 1 has the plane `fine`, one of level 2 has not; the first page of a
-    sequence has `sinks`, its exact first tokens. Without compression there is `raw` alone.
+    way. A page of level 1 has the plane `fine`, one of level 2 has not; floor layers have their own
+    plane, `floor_fine`, at both. The first page of a sequence has `sinks`, its exact first tokens.
+    Without compression there is `raw` alone.
     """
 
     def __init__(self, states: BlockStates, layers: AllLayers) -> None:
@@ -28,16 +29,18 @@ class BlockPages:
     @property
     def planes(self) -> list[Plane]:
         """That a page can have."""
-        carve, count = self.states.carve, self.states.layers
-        names = ["raw"]
+        carve, count, floors = self.states.carve, self.states.layers, self.states.floors
+        layers = {"raw": count}  # how many of them a plane is of
         if self.states.config.compresses:
-            names = [*SEALED_POOLS]
-            names += ["fine"] if carve.sizes.fine_chunks else []
-            names += ["sinks"] if carve.sizes.sink_slots else []
+            layers = dict.fromkeys(SEALED_POOLS, count)
+            layers |= {"fine": count - floors} if carve.sizes.fine_chunks else {}
+            layers |= {FLOOR_FINE: floors} if floors else {}
+            layers |= {"sinks": count} if carve.sizes.sink_slots else {}
         regions = {r.name: r for r in carve.regions}
+        regions[FLOOR_FINE] = regions["fine"]
         planes = [
-            Plane(name=n, dtype=regions[n].dtype.name, shape=(count, *regions[n].shape[1:]))
-            for n in names
+            Plane(name=name, dtype=regions[name].dtype.name, shape=(n, *regions[name].shape[1:]))
+            for name, n in layers.items()
         ]
         return [*planes, Plane(name="heat", dtype="float32", shape=(1,))]
 
@@ -51,7 +54,9 @@ class BlockPages:
         """Names what the planes mean: equal where pages can be exchanged."""
         config = self.states.config
         kind = "coded" if config.compresses else "raw"
-        return f"vllm-{kind}-{self.states.layers}-{code_fingerprint(self.states.carve.layout)}"
+        code = f"vllm-{kind}-{self.states.layers}-{code_fingerprint(self.states.carve.layout)}"
+        floors = sum(1 << i for i in self.layers.floors)  # short, however many they are
+        return f"{code}-floors-{floors:x}" if floors else code
 
     def take_out(self, block: int) -> dict[str, np.ndarray]:
         """The page of a full block, as a copy.
@@ -99,8 +104,7 @@ class BlockPages:
         chunk, sink = states.adopt_sealed(
             block, place, fine=fine, sinks="sinks" in page, heat=float(page["heat"][0])
         )
-        for name in SEALED_POOLS:
-            layers.put(name, block, page[name])
+        layers.put_sealed(block, page)
         if chunk != NONE and fine is not None:
             layers.load_fine(chunk, fine)
         if sink != NONE:
