@@ -159,7 +159,7 @@ class LevelControl:
         if first and not self._prefixes.make_room(store.sinks, tenant, 1):
             return False
         level = self.config.sealed_level
-        if level == 1:
+        if level == 1 and self.config.levels == 3:
             # Under pressure the tenant's coldest pages make room for the new one.
             need = store.chunks_for(1)
             while store.chunks.room(tenant) < need and len(draft.tables) < ENTRIES:
@@ -171,7 +171,7 @@ class LevelControl:
                 level = 2
                 self.counters.unrefined += 1
         if not self._prefixes.make_room(store.chunks, tenant, store.chunks_for(level)):
-            return False  # a floor layer without its chunk: the page waits at level 0
+            return False  # nor is there a level without chunks: the page waits at level 0
         store.take_code(page, level, sink=first)
         first_token = page.index * store.layout.page_size
         draft.seals.append((page.raw, page.sealed, page.chunks, first_token, page.sink))

@@ -144,6 +144,17 @@ def test_without_chunks_pages_start_at_level_2():
     manager.verify(cache)
 
 
+def test_with_two_levels_pages_wait_for_chunks():
+    config = CompressionConfig(page_size=16, window_tokens=0, levels=2)
+    manager, cache, sequence = grown(config, sizes(chunks=2 * LAYERS), 48)
+    assert levels(manager) == (1, 2, 0)
+    assert manager.counters.unrefined == 0
+    manager.evict(sequence, [0])
+    cache = manager.advance(cache)
+    assert levels(manager) == (0, 2, 0)
+    manager.verify(cache)
+
+
 def test_hot_pages_come_back_bit_for_bit_and_do_not_flap():
     config = CompressionConfig(
         page_size=16, window_tokens=0, demote_after_tokens=0, host_bytes=10**6, promote_heat=2.0

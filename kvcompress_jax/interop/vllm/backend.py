@@ -88,7 +88,7 @@ class CompressedBackend(AttentionBackend):
             config,
             layout,
             raw_share=settings.raw_share(),
-            fine_share=settings.fine_share(),
+            fine_share=settings.fine_share(config),
         )
         return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=content)
 

@@ -43,7 +43,7 @@ def with_floors(specs: dict[str, Any], *, dtype: str) -> dict[str, Any]:
     if not specs:
         return specs
     config = settings.read_config(next(iter(specs.values())).block_size)
-    fine_share = settings.fine_share()
+    fine_share = settings.fine_share(config)
     if not floors_differ(config, fine_share):
         return specs
     spec, *others = set(specs.values())

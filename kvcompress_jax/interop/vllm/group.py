@@ -152,5 +152,5 @@ def divide(spec: AttentionSpec, *, dtype: str, blocks: int) -> Carves:
         layout,
         blocks=blocks,
         raw_share=settings.raw_share(),
-        fine_share=settings.fine_share(),
+        fine_share=settings.fine_share(config),
     )

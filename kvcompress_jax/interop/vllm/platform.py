@@ -90,7 +90,7 @@ def prepare_floors(vllm_config: VllmConfig, config: CompressionConfig) -> None:
     """
     from kvcompress_jax.interop.vllm.carve import floors_differ
 
-    if not floors_differ(config, settings.fine_share()):
+    if not floors_differ(config, settings.fine_share(config)):
         return
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size != 1:

@@ -46,7 +46,7 @@ def read_config(
         if value:
             raise ConfigError(f"{name}: not supported inside vLLM, expected none, got {value}")
     raw_share(environ)
-    fine_share(environ)
+    fine_share(config, environ)
     return config
 
 
@@ -55,10 +55,19 @@ def raw_share(environ: Mapping[str, str] = os.environ) -> float:
     return _share(environ, RAW_SHARE_VARIABLE, 0.05, most=0.9)
 
 
-def fine_share(environ: Mapping[str, str] = os.environ) -> float:
+def fine_share(config: CompressionConfig, environ: Mapping[str, str] = os.environ) -> float:
     """Share of vLLM's blocks that can have a fine chunk at the same time (default 0.75). When more
-    are sealed, the coldest go to level 2."""
-    return _share(environ, FINE_SHARE_VARIABLE, 0.75, most=1.0)
+    are sealed, the coldest go to level 2; with two levels there is none to go to, and every block
+    has a chunk.
+
+    Raises:
+      ConfigError: no such share, or less than 1 with two levels.
+    """
+    two = config.levels == 2
+    share = _share(environ, FINE_SHARE_VARIABLE, 1.0 if two else 0.75, most=1.0)
+    if two and share < 1:
+        raise ConfigError(f"{FINE_SHARE_VARIABLE}: expected 1 with two levels, got {share:g}")
+    return share
 
 
 def _share(environ: Mapping[str, str], name: str, default: float, *, most: float) -> float:

@@ -1,8 +1,10 @@
 """What the environment may ask for inside vLLM."""
 
+import functools
+
 import pytest
 
-from kvcompress_jax.config import ConfigError
+from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.interop.vllm.settings import enabled, fine_share, raw_share, read_config
 
 
@@ -40,7 +42,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(variable, value):
     ("read", "name", "most"),
     [
         (raw_share, "VLLM_KV_COMPRESSION_RAW_SHARE", 0.9),
-        (fine_share, "VLLM_KV_COMPRESSION_FINE_SHARE", 1.0),
+        (
+            functools.partial(fine_share, CompressionConfig()),
+            "VLLM_KV_COMPRESSION_FINE_SHARE",
+            1.0,
+        ),
     ],
 )
 def test_shares(read, name, most):
@@ -49,3 +55,13 @@ def test_shares(read, name, most):
     for wrong in ("0", "-1", "nan", "much", str(most + 0.01)):
         with pytest.raises(ConfigError, match=f"{name}: expected more than 0 and at most {most}"):
             read({name: wrong})
+
+
+def test_with_two_levels_every_block_has_a_chunk():
+    two = {"VLLM_KV_COMPRESSION_LEVELS": "2"}
+    assert fine_share(read_config(None, two), two) == 1
+    assert fine_share(read_config(None, {}), {}) < 1
+    name = "VLLM_KV_COMPRESSION_FINE_SHARE"
+    assert fine_share(read_config(None, two | {name: "1"}), two | {name: "1"}) == 1
+    with pytest.raises(ConfigError, match=f"{name}: expected 1 with two levels, got 0.75"):
+        read_config(None, two | {name: "0.75"})
