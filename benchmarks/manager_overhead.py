@@ -2,9 +2,10 @@
 
     .venv/bin/python benchmarks/manager_overhead.py
 
-Times everything that the manager does between two steps of a model (advance, append_step, table)
-with a device that does nothing, so that what is left is the manager's own work. The lengths of the
-sequences are spread over a page: in a step, as many pages are begun and sealed as in a busy server.
+Times everything that the manager does before a step of a model is on the device (advance,
+append_step, table), and what it does while the device computes (look_ahead), with a device that
+does nothing, so that what is left is the manager's own work. The lengths of the sequences are
+spread over a page: in a step, as many pages are begun and sealed as in a busy server.
 """
 
 import argparse
@@ -82,8 +83,10 @@ def step(manager, ids):
     manager.append_step(ids)
     appended = time.perf_counter()
     manager.table(ids)
+    ready = time.perf_counter()
+    manager.look_ahead(None)
     end = time.perf_counter()
-    return advanced - start, appended - advanced, end - appended
+    return advanced - start, appended - advanced, ready - appended, end - ready
 
 
 def measure(sequences: int, pages: int, steps: int, *, pressure: float) -> dict[str, float]:
@@ -94,12 +97,15 @@ def measure(sequences: int, pages: int, steps: int, *, pressure: float) -> dict[
         step(manager, ids)
     before = manager.counters.seals, manager.counters.demotions
     times = np.array([step(manager, ids) for _ in range(steps)]) * 1e6
-    total = times.sum(axis=1)
+    before_step, total = times[:, :3].sum(axis=1), times.sum(axis=1)
     parts = [statistics.median(x) for x in times.T]
     return {
         "advance": parts[0],
         "append_step": parts[1],
         "table": parts[2],
+        "before the step": statistics.median(before_step),
+        "before the step, p99": float(np.quantile(before_step, 0.99)),
+        "look_ahead": parts[3],
         "fastest": float(total.min()),
         "median": statistics.median(total),
         "p99": float(np.quantile(total, 0.99)),

@@ -41,6 +41,7 @@ class KVCacheManager:
         slots = manager.append_slots(seq, tokens)     # room for the step's tokens
         table = manager.table([seq, ...])
         cache, ... = model_step(cache, table, slots)  # append, attend
+        cache = manager.look_ahead(cache)             # while the device is busy
 
     Every method does all that it says, or raises and changes nothing.
     """
@@ -279,16 +280,25 @@ class KVCacheManager:
         """Plans, applies and confirms until nothing is due; `cache` is donated.
 
         What is due depends on the sequences' lengths alone, so that a sequence's pages are sealed
-        at the same point of its life whoever else is there. Seals are started a token ahead: where
-        sequences grow by single tokens, and the window is not empty, no step waits for the device.
-        After a step of a prompt, reading whether its pages could be sealed waits.
+        at the same point of its life whoever else is there. How a seal ended is read when the page
+        leaves the window, which waits for the step before where that is not over. Seals are started
+        a token ahead, or by `look_ahead`; one that is started here, when it is due, is waited for.
         """
         self.commit(cache)
         self._heat.step(cache)
+        return self._apply_due(cache, confirm=True)
+
+    def look_ahead(self, cache: PagedCache) -> PagedCache:
+        """Starts what `advance` would start next, right after a model's step was put on the device:
+        the host plans while the device computes, and `advance` has little left to do. Nobody waits,
+        and who attends to what stays as it is. `cache` is donated."""
+        return self._apply_due(cache, confirm=False)
+
+    def _apply_due(self, cache: PagedCache, *, confirm: bool) -> PagedCache:
         while (plan := self.plan(cache)) is not None:
             cache, sealed = self.device.apply(cache, plan)
             self._seals.started(sealed)
-            if self._schedule.overdue:
+            if confirm and self._schedule.overdue:
                 self._seals.settle(cache)
             if not (self._control.more or self._lives.copies):
                 break

@@ -20,15 +20,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kvcompress_jax.manager")
 
 
+class Flags:
+    """Which pages have a code, once the device knows; read once for all of a plan."""
+
+    def __init__(self, sealed: jax.Array | np.ndarray) -> None:
+        """
+        Args:
+          sealed: bool[entries].
+        """
+        self._sealed = sealed
+        self._known: list[bool] | None = None
+
+    def wait(self, entry: int) -> bool:
+        """Whether this one has; waits for the device if it does not know yet."""
+        if self._known is None:
+            self._known = np.asarray(self._sealed).tolist()
+        return self._known[entry]
+
+
 class Outcome(NamedTuple):
-    """Whether a page has a code, once the device knows."""
+    """Where to read how a seal ended."""
 
-    sealed: jax.Array | np.ndarray  # bool[entries], of a plan
+    flags: Flags
     entry: int
-
-    def wait(self) -> bool:
-        """The answer; waits for the device if it does not know yet."""
-        return np.asarray(self.sealed).item(self.entry)
 
 
 class Seals:
@@ -66,16 +80,17 @@ class Seals:
         if sealed is None:
             return
         pending = self._store.pending
+        flags = Flags(sealed)
         new = [page for page, outcome in pending.items() if outcome is None]
         for i, page in enumerate(new):
-            pending[page] = Outcome(sealed, i)
+            pending[page] = Outcome(flags, i)
 
     def look(self, cache: PagedCache) -> None:
         """Finds out how seals of a plan ended that somebody else applied; waits for the device."""
         if self.unknown:
-            sealed, pending = self._device.sealed(cache), self._store.pending
+            flags, pending = Flags(self._device.sealed(cache)), self._store.pending
             for page in [page for page, outcome in pending.items() if outcome is None]:
-                pending[page] = Outcome(sealed, page.sealed)
+                pending[page] = Outcome(flags, page.sealed)
 
     def settle(self, cache: PagedCache) -> None:
         """Confirms the pages that have left the window. A page that could not be sealed stays at
@@ -88,7 +103,7 @@ class Seals:
         ]
         for page, outcome in due:
             del store.pending[page]
-            if outcome.wait():
+            if outcome.flags.wait(outcome.entry):
                 store.confirm(page)
                 self._counters.seals += 1
                 for owner in page.owners:

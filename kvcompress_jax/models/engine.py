@@ -207,9 +207,13 @@ class Engine:
                 if feeding.decoding:
                     decoding.append(feeding)
                     decoded = jnp.concatenate([decoded, fed])
-            if not decoding:
-                return None
-            return launch(decoding, decoded, rows=self.runner.max_sequences)
+            flight = None
+            if decoding:
+                flight = launch(decoding, decoded, rows=self.runner.max_sequences)
+            self._planning = True
+            self.runner.look_ahead()
+            self._planning = False
+            return flight
         return None
 
     def run(self) -> None:

@@ -139,6 +139,10 @@ class Runner:
         """Applies what the manager has due; call it before every `forward`."""
         self.cache = self.manager.advance(self.cache)
 
+    def look_ahead(self) -> None:
+        """Starts what will be due, while the device is busy; call it after `forward`, or not."""
+        self.cache = self.manager.look_ahead(self.cache)
+
     def forward(
         self,
         decoding: ListOf[tuple[int, int]] = (),

@@ -27,10 +27,11 @@ class Outcome:
         return np.ones(16, bool)
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("window_tokens", [64, 1, 0])
-def test_decoding_waits_for_no_seal(window_tokens):
+def test_decoding_waits_for_no_seal(window_tokens, ahead):
     """The hot path, and the judge that sees waiting: without a window a page is full just when it
-    is due."""
+    is due, and where nobody looks ahead, its seal is begun when somebody needs it."""
     config = CompressionConfig(window_tokens=window_tokens)
     manager, ids = manager_overhead.filled(6, 4, pressure=1.0, config=config)
     manager.advance(None)  # what is due after the last steps of the prompts
@@ -42,6 +43,8 @@ def test_decoding_waits_for_no_seal(window_tokens):
         return cache, None if plan.seals is None else Outcome(clock, waits)
 
     manager.device.apply = apply
+    if not ahead:
+        manager.look_ahead = lambda cache: cache
     sealing = 0
     for clock.step in range(130):
         calls.clear()
@@ -50,16 +53,16 @@ def test_decoding_waits_for_no_seal(window_tokens):
         sealing += manager.counters.seals > seals
         assert len(calls) <= 1
     assert sealing in (12, 13)
-    assert bool(waits) == (window_tokens == 0)
+    assert bool(waits) == (window_tokens == 0 and not ahead)
 
 
 def test_the_overhead_is_that_of_steps_that_seal():
     found = manager_overhead.measure(8, 6, 64, pressure=0.25)
     assert found["seals_a_step"] == 8 / 64
     assert found["demotions_a_step"] > 0
-    parts = found["advance"] + found["append_step"] + found["table"]
+    assert all(found[part] > 0 for part in ("advance", "append_step", "table", "look_ahead"))
     assert 0 < found["fastest"] <= found["median"] <= found["p99"]
-    assert parts > 0
+    assert 0 < found["before the step"] < found["median"]
 
 
 @pytest.mark.parametrize("policy", tiering.POLICIES)

@@ -58,6 +58,34 @@ def test_greedy_answers_are_the_dense_ones():
     assert got[0] != got[1]
 
 
+def test_looking_ahead_changes_no_answer():
+    """Seals are begun while the device computes, or when they are due: the codes are the same."""
+    sizes = PoolSizes(raw_pages=40, sealed_pages=24, fine_chunks=72, sink_slots=4)
+    found, begun = [], []
+    for ahead in (True, False):
+        engine, in_advance = engine_of(ON, sizes), []
+        runner = engine.runner
+        if not ahead:
+            runner.look_ahead = lambda: None
+        apply, advance = runner.manager.device.apply, runner.advance
+
+        def spy(cache, plan, *, apply=apply, inside=in_advance, engine=engine):
+            inside.append(engine.advancing)
+            return apply(cache, plan)
+
+        def watched(*, advance=advance, engine=engine):
+            engine.advancing = True
+            advance()
+            engine.advancing = False
+
+        engine.advancing, runner.advance, runner.manager.device.apply = False, watched, spy
+        found.append(answers(engine, PROMPTS))
+        begun.append(in_advance)
+        found[-1].append(runner.manager.counters.seals)
+    assert found[0] == found[1] and found[0][-1] > 4
+    assert not any(begun[0]) and all(begun[1])
+
+
 @pytest.mark.parametrize("config", [OFF, ON], ids=["off", "on"])
 def test_preemption_changes_no_answer(config):
     """In a cache that is too small for all, requests move to host memory and back."""
