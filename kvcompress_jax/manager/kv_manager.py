@@ -289,9 +289,11 @@ class KVCacheManager:
         return self._apply_due(cache, confirm=True)
 
     def look_ahead(self, cache: PagedCache) -> PagedCache:
-        """Starts what `advance` would start next, right after a model's step was put on the device:
-        the host plans while the device computes, and `advance` has little left to do. Nobody waits,
-        and who attends to what stays as it is. `cache` is donated."""
+        """Does what `advance` would do next, right after a model's step was put on the device: the
+        host plans while the device computes, and `advance` has little left to do. Who attends to
+        what stays as it is. Waits for nothing but seals that were started before that step, and
+        starts others. `cache` is donated."""
+        self._seals.settle(cache)
         return self._apply_due(cache, confirm=False)
 
     def _apply_due(self, cache: PagedCache, *, confirm: bool) -> PagedCache:

@@ -257,8 +257,8 @@ class ManagerMachine(RuleBasedStateMachine):
         known.ends.append(len(known.tokens))
 
     @precondition(lambda self: self.resident())
-    @rule(data=st.data(), steps=st.integers(1, 20), token=st.integers(1, 99))
-    def decode(self, data, steps, token):
+    @rule(data=st.data(), steps=st.integers(1, 20), token=st.integers(1, 99), ahead=st.booleans())
+    def decode(self, data, steps, token, ahead):
         batch = data.draw(st.lists(st.sampled_from(self.resident()), min_size=1, unique=True))
         for _ in range(steps):
             self.cache = self.manager.advance(self.cache)
@@ -279,10 +279,16 @@ class ManagerMachine(RuleBasedStateMachine):
             if chunk:
                 self.tell(self.known[chunk[0]], 5, token)
                 self.write(chunk[0], more, len(self.known[chunk[0]].tokens) - 5)
+            if ahead:
+                self.cache = self.manager.look_ahead(self.cache)
 
     @rule()
     def advance(self):
         self.cache = self.manager.advance(self.cache)
+
+    @rule()
+    def look_ahead(self):
+        self.cache = self.manager.look_ahead(self.cache)
 
     @rule(confirm=st.booleans())
     def plan_and_commit_later(self, confirm):

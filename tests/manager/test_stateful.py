@@ -79,6 +79,10 @@ class CacheMachine(RuleBasedStateMachine):
     def advance(self):
         self.cache = self.manager.advance(self.cache)
 
+    @rule()
+    def look_ahead(self):
+        self.cache = self.manager.look_ahead(self.cache)
+
     @rule(confirm=st.booleans())
     def plan_and_commit_later(self, confirm):
         self.manager.commit(self.cache)
