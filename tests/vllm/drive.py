@@ -140,7 +140,7 @@ def preempt(model):
     return found | {"stats": figures(llm)}
 
 
-def matrix(model, *, mebibytes):
+def matrix(model, *, mebibytes, prefix_caching):
     """Everything that moves blocks, one after the other in one engine."""
     from vllm import SamplingParams
 
@@ -149,7 +149,7 @@ def matrix(model, *, mebibytes):
         max_num_seqs=4,
         kv_cache_memory_bytes=mebibytes * MIB,
         max_num_batched_tokens=128,
-        enable_prefix_caching=True,
+        enable_prefix_caching=prefix_caching,
     )
     # Each of them begins one more block with its answer.
     results, prompts = {}, long_prompts(llm, 370)

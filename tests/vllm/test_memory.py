@@ -29,19 +29,25 @@ def test_what_preempts_in_stock_fits_compressed(drive):
 
 
 @pytest.mark.parametrize(
-    ("mebibytes", "raw_share"), [pytest.param(64, "0.35", marks=pytest.mark.long), (50, "0.85")]
+    ("mebibytes", "raw_share", "caching"),
+    [
+        pytest.param(64, "0.35", True, marks=pytest.mark.long),
+        (50, "0.85", True),
+        pytest.param(50, "0.85", False, marks=pytest.mark.long),
+    ],
 )
-def test_all_that_moves_blocks(drive, mebibytes, raw_share):
-    """Prefix caching, chunked prefill, sampling of several, abort, demotion and promotion. First
-    raw pages are scarce, then blocks, and sequences are preempted. Each stage of the scenario ends
-    with `verify()`."""
+def test_all_that_moves_blocks(drive, mebibytes, raw_share, caching):
+    """Chunked prefill, sampling of several, abort, demotion and promotion, with and without prefix
+    caching. First raw pages are scarce, then blocks, and sequences are preempted, but not where
+    blocks are free as soon as a sequence ends. Each stage of the scenario ends with `verify()`."""
     settings = {
         "VLLM_KV_COMPRESSION_RAW_SHARE": raw_share,
         "VLLM_KV_COMPRESSION_FINE_SHARE": "0.08",
         "KVCOMPRESS_HOST_BYTES": "100000000",
     }
-    ours = drive("matrix", {"mebibytes": mebibytes}, **settings)
-    stock = drive("matrix", {"mebibytes": 64}, compress=False)
+    options = {"prefix_caching": caching}
+    ours = drive("matrix", options | {"mebibytes": mebibytes}, **settings)
+    stock = drive("matrix", options | {"mebibytes": 64}, compress=False)
     for stage in ("first", "again", "cut", "after", "reset"):
         agreed = agreement(ours[stage], stock[stage])
         print(f"{mebibytes} MiB, {stage}: {agreed:.0%} of the tokens are stock's")
@@ -50,7 +56,7 @@ def test_all_that_moves_blocks(drive, mebibytes, raw_share):
     assert agreement(ours["first"], stock["first"][::-1]) < 0.15  # the judge can say no
     assert ours["several"] == [[24] * 3] * 2
     assert ours["stats"]["demotions"] > 0
-    assert (ours["preemptions"] > 0) == (mebibytes == 50)
+    assert (ours["preemptions"] > 0) == (mebibytes == 50 and caching)
     assert ours["stats"]["abandoned"] == 0 or mebibytes == 50
 
 
