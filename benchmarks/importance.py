@@ -119,12 +119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{args.model}: expected a model with a tokenizer, got none")
     names = [file.name for file in args.files]
     texts = [model.tokenizer.encode(load_text(file)) for file in args.files]
-    parts = []
+    parts, size = [], args.context + args.continuation
     for text in texts:
-        size = args.context + args.continuation
-        starts = np.linspace(len(text) // 2, len(text) - size, args.parts).astype(int)
         if len(text) < 2 * size:
             parser.error(f"text: expected at least {2 * size} tokens, got {len(text)}")
+        starts = np.linspace(len(text) // 2, len(text) - size, args.parts).astype(int)
         parts.append([Part(model, text[at : at + size], context=args.context) for at in starts])
     console, found = Console(), {}
 

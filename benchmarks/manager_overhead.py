@@ -21,6 +21,7 @@ from kvcompress_jax.manager import KVCacheManager
 from kvcompress_jax.paged import PoolSizes
 
 LAYERS, KV_HEADS, HEAD_DIM = 32, 8, 128
+CONFIG = CompressionConfig()
 CHUNK = 512  # tokens of a prompt in a step
 
 
@@ -44,7 +45,7 @@ class NoDevice:
         return np.random.default_rng(0).exponential(size=len(self.all_sealed)).astype(np.float32)
 
 
-def filled(sequences: int, pages: int, *, pressure: float, config=CompressionConfig()):  # noqa: B008
+def filled(sequences: int, pages: int, *, pressure: float, config=CONFIG):
     """A manager with sequences of so many pages, and their ids.
 
     Args:
@@ -91,8 +92,7 @@ def step(manager, ids):
 
 def measure(sequences: int, pages: int, steps: int, *, pressure: float) -> dict[str, float]:
     """Microseconds a step, and what was done in it."""
-    config = CompressionConfig()
-    manager, ids = filled(sequences, pages - 2 - steps // config.page_size, pressure=pressure)
+    manager, ids = filled(sequences, pages - 2 - steps // CONFIG.page_size, pressure=pressure)
     for _ in range(10):
         step(manager, ids)
     before = manager.counters.seals, manager.counters.demotions

@@ -261,6 +261,10 @@ class CompressionConfig:
         """Whether any page ever leaves level 0."""
         return self.enabled and self.levels > 1
 
+    def floors(self, layers: int) -> frozenset[int]:
+        """The floor layers of a model with so many layers, counted from the first."""
+        return frozenset(i % layers for i in self.floor_layers)
+
     @property
     def tracks_attention(self) -> bool:
         """Whether attention mass is observed. It orders the tokens of pages that are refined in

@@ -14,7 +14,7 @@ def sequence_bytes(layout: CacheLayout, config: CompressionConfig, tokens: int) 
       tokens: of the sequence.
     """
     sealed = _sealed_pages(layout, config, tokens)
-    chunks = layout.layers if config.sealed_level == 1 else len(_floors(layout, config))
+    chunks = layout.layers if config.sealed_level == 1 else len(config.floors(layout.layers))
     each = layout.sealed_page_bytes + chunks * layout.fine_chunk_bytes
     return sealed * (each + 2 * INDEX_BYTES) + _uncoded_bytes(layout, config, tokens)
 
@@ -47,10 +47,6 @@ def _uncoded_bytes(layout: CacheLayout, config: CompressionConfig, tokens: int) 
     sealed = _sealed_pages(layout, config, tokens)
     raw = -(-tokens // layout.page_size) - sealed
     return raw * (layout.raw_page_bytes + 2 * INDEX_BYTES) + bool(sealed) * layout.sink_slot_bytes
-
-
-def _floors(layout: CacheLayout, config: CompressionConfig) -> set[int]:
-    return {layer % layout.layers for layer in config.floor_layers}
 
 
 def _values(layout: CacheLayout, tokens: int) -> int:

@@ -93,7 +93,7 @@ class KVCacheManager:
         self.sinks, self.rows, self.host = store.sinks, store.rows, store.host
         self.sequences, self.pages = store.sequences, store.pages
         self._tables = TableRows(max_sequences)
-        self._schedule = schedule = Schedule(store, config, self._tables.length)
+        schedule = Schedule(store, config, self._tables.length)
         self._lives = Lives(store, self._tables, schedule, self.counters)
         self._lives.next_id = first_sequence_id
         self.prefixes = PrefixCache(
@@ -300,7 +300,7 @@ class KVCacheManager:
         while (plan := self.plan(cache)) is not None:
             cache, sealed = self.device.apply(cache, plan)
             self._seals.started(sealed)
-            if confirm and self._schedule.overdue:
+            if confirm:
                 self._seals.settle(cache)
             if not (self._control.more or self._lives.copies):
                 break
@@ -330,8 +330,7 @@ class KVCacheManager:
         """Confirms the seals of pages that have left the window. The raw page of a sealed page is
         freed; a page with a value that is not finite stays at level 0 and is counted. After a plan
         that was not applied by `advance`, waits for the device."""
-        self._seals.look(cache)
-        self._seals.settle(cache)
+        self._seals.commit(cache)
 
     def table(
         self,

@@ -54,7 +54,7 @@ class PageStore:
         self.sinks = FreeList("sink slots", sizes.sink_slots, shares)
         self.rows = FreeList("sequences", max_sequences, shares)
         self.host = HostTier(config.host_bytes, shares, disk)
-        self.floors = frozenset(i % layout.layers for i in config.floor_layers)
+        self.floors = config.floors(layout.layers)
         self.pages: dict[int, Page] = {}
         self.sequences: dict[int, Sequence] = {}
         self.by_row: list[Sequence | None] = [None] * max_sequences
@@ -96,8 +96,6 @@ class PageStore:
         """Frees a page that nobody holds."""
         if page.owners or page.kept:
             return
-        if page.pending:
-            del self.pending[page]
         self.return_raw(page)
         self.return_code(page)
         self.host.drop(page.uid)
@@ -108,11 +106,7 @@ class PageStore:
         prefix cache holds does not age."""
         if not page.owners:
             return NONE
-        if len(page.owners) == 1:
-            (owner,) = page.owners
-            shortest = self.sequences[owner].length
-        else:
-            shortest = min(self.sequences[owner].length for owner in page.owners)
+        shortest = min(self.sequences[owner].length for owner in page.owners)
         return shortest - (page.index + 1) * self.layout.page_size
 
     # Codes
@@ -135,7 +129,7 @@ class PageStore:
 
     def confirm(self, page: Page) -> None:
         """The code is there: the raw page goes."""
-        page.pending = False
+        self._end_seal(page)
         self.level[page.sealed] = page.level
         self.return_raw(page)
 
@@ -157,7 +151,7 @@ class PageStore:
         page.sealed, page.sink = NONE, NONE
         page.chunks = ()
         page.level = 0
-        page.pending = False
+        self._end_seal(page)
 
     def forget_fine(self, page: Page) -> None:
         """Level 1 to 2: all chunks but those of the floor layers are given back."""
@@ -186,6 +180,10 @@ class PageStore:
     def missing_chunks(self) -> int:
         """What a page at level 2 needs for level 1."""
         return self._chunks_for[1] - self._chunks_for[2]
+
+    def _end_seal(self, page: Page) -> None:
+        page.pending = False
+        self.pending.pop(page, None)
 
     def _enter(self, page: Page, heat: float) -> None:
         at = page.sealed

@@ -22,8 +22,7 @@ class Preemption:
         """Copies the pages that the sequence alone owns, and gives their ids back."""
         if self._lives.copies:
             raise RuntimeError("preempt: expected no forks that wait for a plan")
-        self._seals.look(cache)
-        self._seals.settle(cache)
+        self._seals.commit(cache)
         self._seals.cancel(sequence)
         # Prefixes that nobody else uses go: else their pages would stay, and there were no room.
         self._prefixes.release_pages_of(sequence)

@@ -1,7 +1,5 @@
 """At which length something becomes due for each sequence."""
 
-import operator
-
 import numpy as np
 
 from kvcompress_jax.config import CompressionConfig
@@ -9,7 +7,6 @@ from kvcompress_jax.manager.page import NONE, Page, Sequence
 from kvcompress_jax.manager.page_store import PageStore
 
 _NEVER = np.iinfo(np.int32).max
-_BY_ID = operator.attrgetter("id")
 
 
 class Schedule:
@@ -25,7 +22,6 @@ class Schedule:
         self._config = config
         self._lengths = lengths
         self._seal_after = max(0, config.window_tokens - 1)
-        self.overdue = False  # whether `leaving` found pages that have left the window by now
         self._seal_at = np.full(len(lengths), _NEVER, np.int32)
         self._age_at = np.full(len(lengths), _NEVER, np.int32)
 
@@ -48,7 +44,6 @@ class Schedule:
         left the window, or will with the next token."""
         due: dict[int, Page] = {}
         after, size = self._seal_after, self._store.layout.page_size
-        self.overdue = False
         for sequence in self._ringing(self._seal_at):
             pages, first, length = sequence.pages, sequence.settled, sequence.length
             count = len(pages)
@@ -57,14 +52,12 @@ class Schedule:
             sequence.settled = first
             for at in range(first, count):
                 page = pages[at]
-                age = length - (page.index + 1) * size
-                if age < after:
+                if length - (page.index + 1) * size < after:
                     break
                 if page.sealed != NONE or page.unsealable:
                     continue
                 if len(page.owners) == 1 or self._store.age(page) >= after:
                     due[page.uid] = page
-                    self.overdue |= age > after or not after
             # A page that stays raw, for lack of room or for another owner, rings again.
             self._seal_at[sequence.row] = self._end(sequence, first, length) + after
         return list(due.values())
@@ -90,7 +83,7 @@ class Schedule:
     def _ringing(self, alarm: np.ndarray) -> list[Sequence]:
         rows = (self._lengths >= alarm).nonzero()[0].tolist()
         found = [s for row in rows if (s := self._store.by_row[row]) is not None]
-        found.sort(key=_BY_ID)
+        found.sort(key=lambda s: s.id)
         return found
 
     def _end(self, sequence: Sequence, first: int, length: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
-from kvcompress_jax.manager.page import NONE, Sequence
+from kvcompress_jax.manager.page import NONE, Page, Sequence
 
 if TYPE_CHECKING:
     from kvcompress_jax.manager.counters import Counters
@@ -79,18 +79,17 @@ class Seals:
         """
         if sealed is None:
             return
-        pending = self._store.pending
         flags = Flags(sealed)
-        new = [page for page, outcome in pending.items() if outcome is None]
-        for i, page in enumerate(new):
-            pending[page] = Outcome(flags, i)
+        for i, page in enumerate(self._untold()):
+            self._store.pending[page] = Outcome(flags, i)
 
-    def look(self, cache: PagedCache) -> None:
-        """Finds out how seals of a plan ended that somebody else applied; waits for the device."""
+    def commit(self, cache: PagedCache) -> None:
+        """`settle`, after a plan that somebody else applied, too; waits for the device then."""
         if self.unknown:
-            flags, pending = Flags(self._device.sealed(cache)), self._store.pending
-            for page in [page for page, outcome in pending.items() if outcome is None]:
-                pending[page] = Outcome(flags, page.sealed)
+            flags = Flags(self._device.sealed(cache))
+            for page in self._untold():
+                self._store.pending[page] = Outcome(flags, page.sealed)
+        self.settle(cache)
 
     def settle(self, cache: PagedCache) -> None:
         """Confirms the pages that have left the window. A page that could not be sealed stays at
@@ -102,7 +101,6 @@ class Seals:
             if outcome is not None and store.age(page) >= self._window_tokens
         ]
         for page, outcome in due:
-            del store.pending[page]
             if outcome.flags.wait(outcome.entry):
                 store.confirm(page)
                 self._counters.seals += 1
@@ -121,6 +119,8 @@ class Seals:
         before, and will be sealed when it is back."""
         for page in sequence.pages:
             if page.pending and page.owners == {sequence.id}:
-                del self._store.pending[page]
                 self._store.return_code(page)
                 sequence.settled = 0
+
+    def _untold(self) -> list[Page]:
+        return [page for page, outcome in self._store.pending.items() if outcome is None]

@@ -42,6 +42,8 @@ class BlockStates:
         self.carve = carve = carves.common
         self.page_size = carve.layout.page_size
         blocks, sizes = carve.blocks, carve.sizes
+        # Chunks of floor layers.
+        self._own = None if carves.floor is None else np.arange(blocks, dtype=np.int32)
         self.raw_of = np.full(blocks, NONE, np.int32)
         self.sealed = np.zeros(blocks, bool)
         self.chunk_of = np.full(blocks, NONE, np.int32)
@@ -120,10 +122,9 @@ class BlockStates:
             self._give_places([*leaving, *direct], executor)
         columns = coarse(max((len(row.blocks) for row in rows), default=1), 8)
         seals = seals_of(self, [int(self.raw_of[b]) for b in leaving], leaving)
-        own = np.arange(self.carve.blocks, dtype=np.int32)
         step = Step(
-            fine_of=np.where(self.sealed, self.chunk_of, NONE)[None].astype(np.int32),
-            floor_fine_of=np.where(self.sealed, own, NONE)[None].astype(np.int32),
+            fine_of=self._fine_of(self.chunk_of),
+            floor_fine_of=None if self._own is None else self._fine_of(self._own),
             decode=decode_of(self, [row for row in rows if row.count == 1], columns),
             prefills=tuple(prefill_of(self, row, columns) for row in rows if row.count > 1),
             seals=seals,
@@ -136,6 +137,9 @@ class BlockStates:
         self._close([*leaving, *direct])
         self._heat = step.heat
         return step
+
+    def _fine_of(self, chunks: np.ndarray) -> np.ndarray:
+        return np.where(self.sealed, chunks, NONE)[None].astype(np.int32)
 
     def _settle(self) -> None:
         """The step before is over: what it read is free, and the heat that it gave is known."""

@@ -78,7 +78,7 @@ def floor_names(config: CompressionConfig, names: list[str]) -> list[str]:
     wrong = [i for i in config.floor_layers if not -layers <= i < layers]
     if wrong:
         raise ConfigError(f"floor_layers: expected {-layers} to {layers - 1}, got {wrong}")
-    floors = sorted({i % layers for i in config.floor_layers})
+    floors = sorted(config.floors(layers))
     if len(floors) == layers:
         raise ConfigError(
             f"floor_layers: expected some of {layers} layers inside vLLM, got all of them: use"

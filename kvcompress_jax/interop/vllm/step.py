@@ -70,7 +70,7 @@ class Step:
     """One forward pass."""
 
     fine_of: np.ndarray  # i32[1, blocks]
-    floor_fine_of: np.ndarray  # i32[1, blocks] in floor layers
+    floor_fine_of: np.ndarray | None  # i32[1, blocks] in floor layers; None: there are none
     decode: Decode | None
     prefills: tuple[Prefill, ...]
     seals: Seals  # after attention, of raw pages

@@ -32,9 +32,9 @@ class Embedded:
 
     def __call__(self, context: Context, /) -> Compressed:
         layers = context.k.shape[0]
-        refined = [i % layers for i in self.config.floor_layers]
+        refined = self.config.floors(layers)
         if self.config.seal_level == 1:
-            refined = list(range(layers))
+            refined = frozenset(range(layers))
         rows = np.array([self.config.fine_rows if i in refined else 0 for i in range(layers)])
         return self.planes(context).refined(context, rows)
 

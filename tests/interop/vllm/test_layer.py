@@ -106,13 +106,13 @@ class Engine:
             tables[r, : len(sequence["blocks"])] = sequence["blocks"]
         k, v, q = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts, strict=True))
         step = self.states.plan(np.array(starts), np.array(lengths), tables, self.executor)
+        wanted = [dense(sequence, q) for (sequence, _), (_, _, q) in zip(batch, parts, strict=True)]
         worst = []
         for layer in self.layers:
             out = torch.full(q.shape, torch.nan)
             layer.forward(q, k, v, out, step, scale=SCALE, soft_cap=None)
             errors = []
-            for r, (sequence, _) in enumerate(batch):
-                expected = dense(sequence, parts[r][2])
+            for r, expected in enumerate(wanted):
                 got = out[starts[r] : starts[r + 1]].numpy()
                 norm = np.linalg.norm(expected, axis=-1)
                 errors.append((np.linalg.norm(got - expected, axis=-1) / norm).max())
@@ -303,6 +303,15 @@ def test_a_value_that_is_not_finite_is_counted():
     assert engine.layer.damaged == 1
 
 
+def end_of_regions(made):
+    """Where the last one ends; they are aligned and do not overlap."""
+    end = 0
+    for region in made.regions:
+        assert region.offset_bytes >= end and region.offset_bytes % 64 == 0
+        end = region.offset_bytes + region.nbytes
+    return end
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("heads", "dim", "page"), [(3, 64, 64), (1, 256, 16), (8, 128, 128)])
 @pytest.mark.parametrize("name", ["balanced", "compact", "safe", "raw"])
@@ -311,10 +320,7 @@ def test_all_pools_are_inside_the_memory(name, heads, dim, page, dtype):
     layout = layer_layout(config, heads=heads, dim=dim, dtype=dtype)
     content = content_bytes(config, layout, raw_share=0.3, fine_share=0.75)
     made = carve(config, layout, blocks=101, content=content, fine_share=0.75)
-    end = 0
-    for region in made.regions:
-        assert region.offset_bytes >= end and region.offset_bytes % 64 == 0
-        end = region.offset_bytes + region.nbytes
+    end = end_of_regions(made)
     assert end <= made.buffer_bytes == 101 * heads * page * content
     # And little of it is wasted: less than a raw page, and what alignment takes.
     assert made.buffer_bytes - end < layout.raw_page_bytes + 64 * 12
@@ -340,11 +346,7 @@ def test_floor_layers_take_what_they_need_and_share_the_ids(name, fine_share, pa
     assert needed - layout.fine_chunk_bytes < floor.buffer_bytes - common.buffer_bytes
     assert floor.buffer_bytes - common.buffer_bytes <= needed + rounding
     for kind in (common, floor):
-        end = 0
-        for region in kind.regions:
-            assert region.offset_bytes >= end and region.offset_bytes % 64 == 0
-            end = region.offset_bytes + region.nbytes
-        assert end <= kind.buffer_bytes and kind.buffer_bytes % 64 == 0
+        assert end_of_regions(kind) <= kind.buffer_bytes and kind.buffer_bytes % 64 == 0
 
 
 @pytest.mark.parametrize(
