@@ -292,7 +292,13 @@ class KVCacheManager:
         """Does what `advance` would do next, right after a model's step was put on the device: the
         host plans while the device computes, and `advance` has little left to do. Who attends to
         what stays as it is. Waits for nothing but seals that were started before that step, and
-        starts others. `cache` is donated."""
+        starts others. `cache` is donated.
+
+        Raises:
+          RuntimeError: a plan that was made by `plan` was not confirmed, which would have to be
+            waited for; nothing has changed.
+        """
+        self._seals.require_told("look_ahead")
         self._seals.settle(cache)
         return self._apply_due(cache, confirm=False)
 
@@ -317,8 +323,7 @@ class KVCacheManager:
         Raises:
           RuntimeError: the last plan was not confirmed.
         """
-        if self._seals.unknown:
-            raise RuntimeError("plan: expected the last plan to be confirmed by commit()")
+        self._seals.require_told("plan")
         self.prefixes.settle()
         draft = Draft(shadows=[] if self.sizes.shadow_pages else None)
         copies = self._lives.copies

@@ -134,6 +134,8 @@ class LevelControl:
         """The tenant's page at level 1 to demote first; each is named once until heat is reported,
         or nothing else is left."""
         store = self.store
+        if (number := store.tenants.get(tenant)) is None:
+            return None  # it has no page yet
         for again in (False, True):
             queue = self._cold.setdefault(tenant, deque())
             while queue:
@@ -144,7 +146,7 @@ class LevelControl:
             if not again:
                 mask = store.level == 1
                 if len(store.tenants) > 1:
-                    mask &= store.tenant == store.tenants.get(tenant, NONE)
+                    mask &= store.tenant == number
                 pages = np.flatnonzero(mask)
                 order = levels.coldest(self._coldness(pages), pages, store.uid[pages], _QUEUE)
                 queue.extend(p for i in order if (p := store.holder[i]) is not None)

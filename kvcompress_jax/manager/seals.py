@@ -65,10 +65,13 @@ class Seals:
         self._device = device
         self._window_tokens = window_tokens
 
-    @property
-    def unknown(self) -> bool:
-        """Whether there are seals that were planned and of which nobody told how they end."""
-        return None in self._store.pending.values()
+    def require_told(self, who: str) -> None:
+        """
+        Raises:
+          RuntimeError: there are seals that were planned and of which nobody told how they end.
+        """
+        if self._untold():
+            raise RuntimeError(f"{who}: expected the last plan to be confirmed by commit()")
 
     def started(self, sealed: jax.Array | np.ndarray | None) -> None:
         """The last plan is on the device.
@@ -85,9 +88,9 @@ class Seals:
 
     def commit(self, cache: PagedCache) -> None:
         """`settle`, after a plan that somebody else applied, too; waits for the device then."""
-        if self.unknown:
+        if untold := self._untold():
             flags = Flags(self._device.sealed(cache))
-            for page in self._untold():
+            for page in untold:
                 self._store.pending[page] = Outcome(flags, page.sealed)
         self.settle(cache)
 

@@ -288,6 +288,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule()
     def look_ahead(self):
+        self.manager.commit(self.cache)  # without which a plan of the rule below is refused
         self.cache = self.manager.look_ahead(self.cache)
 
     @rule(confirm=st.booleans())

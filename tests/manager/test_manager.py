@@ -294,14 +294,33 @@ def test_preempted_sequences_take_host_memory_only():
     manager.verify(cache)
 
 
+def test_a_newcomer_demotes_nobody():
+    """The first page of a tenant is sealed when the pages at level 1 are all another's."""
+    config = CompressionConfig(page_size=16, window_tokens=0)
+    layout = config.layout(layers=LAYERS, kv_heads=1, head_dim=64, dtype="float32")
+    manager = KVCacheManager(
+        layout, sizes(chunks=8), config, max_sequences=4, tenant_shares={"a": 0.5}
+    )
+    cache = grow(manager, init_cache(layout, sizes(chunks=8)), manager.add(""), 32)
+    assert levels(manager) == (0, 2, 0)  # all chunks that are not kept for "a"
+    cache = grow(manager, cache, manager.add("b"), 16)
+    assert levels(manager) == (0, 2, 1)
+    assert manager.get_compression_stats()["demotions"] == 0
+    manager.verify(cache)
+
+
 def test_plans_must_be_confirmed():
     config = CompressionConfig(page_size=16, window_tokens=0)
     layout = config.layout(layers=LAYERS, kv_heads=1, head_dim=64)
     manager = KVCacheManager(layout, sizes(), config, max_sequences=1)
     manager.append_slots(manager.add(), 16)
-    assert manager.plan() is not None
+    cache, _ = manager.device.apply(init_cache(layout, sizes()), manager.plan())
     with pytest.raises(RuntimeError, match="plan: expected the last plan to be confirmed"):
         manager.plan()
+    with pytest.raises(RuntimeError, match="look_ahead: expected the last plan to be confirmed"):
+        manager.look_ahead(cache)
+    cache = manager.advance(cache)
+    manager.verify(manager.look_ahead(cache))
 
 
 def test_errors_name_the_thing():
