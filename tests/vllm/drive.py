@@ -140,7 +140,7 @@ def preempt(model):
     return found | {"stats": figures(llm)}
 
 
-def matrix(model, *, mebibytes, prefix_caching):
+def matrix(model, *, mebibytes, prefix_caching, max_model_len=1024):
     """Everything that moves blocks, one after the other in one engine."""
     from vllm import SamplingParams
 
@@ -148,6 +148,7 @@ def matrix(model, *, mebibytes, prefix_caching):
         model,
         max_num_seqs=4,
         kv_cache_memory_bytes=mebibytes * MIB,
+        max_model_len=max_model_len,
         max_num_batched_tokens=128,
         enable_prefix_caching=prefix_caching,
     )

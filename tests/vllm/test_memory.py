@@ -29,24 +29,27 @@ def test_what_preempts_in_stock_fits_compressed(drive):
 
 
 @pytest.mark.parametrize(
-    ("mebibytes", "raw_share", "caching"),
+    ("mebibytes", "raw_share", "caching", "longest"),
     [
-        pytest.param(64, "0.35", True, marks=pytest.mark.long),
-        (50, "0.85", True),
-        pytest.param(50, "0.85", False, marks=pytest.mark.long),
+        pytest.param(64, "0.35", True, 1024, marks=pytest.mark.long),
+        (50, "0.85", True, 1024),
+        # Blocks are free as soon as a sequence ends: they are scarce in less memory, in which vLLM
+        # does not start for longer sequences.
+        pytest.param(40, "0.85", False, 512, marks=pytest.mark.long),
     ],
 )
-def test_all_that_moves_blocks(drive, mebibytes, raw_share, caching):
+def test_all_that_moves_blocks(drive, mebibytes, raw_share, caching, longest):
     """Chunked prefill, sampling of several, abort, demotion and promotion, with and without prefix
-    caching. First raw pages are scarce, then blocks, and sequences are preempted, but not where
-    blocks are free as soon as a sequence ends. Each stage of the scenario ends with `verify()`."""
+    caching. First raw pages are scarce, then blocks, and sequences are preempted. Each stage of
+    the scenario ends with `verify()`."""
     settings = {
         "VLLM_KV_COMPRESSION_RAW_SHARE": raw_share,
         "VLLM_KV_COMPRESSION_FINE_SHARE": "0.08",
         "KVCOMPRESS_HOST_BYTES": "100000000",
     }
     options = {"prefix_caching": caching}
-    ours = drive("matrix", options | {"mebibytes": mebibytes}, **settings)
+    sizes = {"mebibytes": mebibytes, "max_model_len": longest}
+    ours = drive("matrix", options | sizes, **settings)
     stock = drive("matrix", options | {"mebibytes": 64}, compress=False)
     for stage in ("first", "again", "cut", "after", "reset"):
         agreed = agreement(ours[stage], stock[stage])
@@ -56,8 +59,8 @@ def test_all_that_moves_blocks(drive, mebibytes, raw_share, caching):
     assert agreement(ours["first"], stock["first"][::-1]) < 0.15  # the judge can say no
     assert ours["several"] == [[24] * 3] * 2
     assert ours["stats"]["demotions"] > 0
-    assert (ours["preemptions"] > 0) == (mebibytes == 50 and caching)
-    assert ours["stats"]["abandoned"] == 0 or mebibytes == 50
+    assert (ours["preemptions"] > 0) == (mebibytes < 64)
+    assert ours["stats"]["abandoned"] == 0 or mebibytes < 64
 
 
 @pytest.mark.long
