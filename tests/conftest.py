@@ -1,6 +1,7 @@
 """Strict everywhere: no implicit promotion, no implicit broadcasting of ranks."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,15 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 MAPPINGS = Path("/proc/self/maps")
 MAPPINGS_LIMIT = Path("/proc/sys/vm/max_map_count")
+
+
+def pytest_configure(config):
+    """Tests make models and caches anew, but the programs are the same: they are compiled once in a
+    process. Not once for all, as JAX does not write these files in one piece."""
+    programs = tempfile.TemporaryDirectory(prefix="kvcompress-programs-")
+    config.add_cleanup(programs.cleanup)
+    jax.config.update("jax_compilation_cache_dir", programs.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(autouse=True)
