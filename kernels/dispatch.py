@@ -14,6 +14,11 @@ _log = logging.getLogger(__name__)
 FALLBACKS: collections.Counter[tuple[str, str]] = collections.Counter()
 
 
+def on_gpu() -> bool:
+    """Whether JAX computes where the kernels run."""
+    return jax.default_backend() in ("gpu", "cuda")
+
+
 def dispatch(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],
@@ -36,7 +41,7 @@ def dispatch(
         )
     refusals = []
     for name in [chosen] if chosen else implementations:
-        if name != "xla" and jax.default_backend() not in ("gpu", "cuda"):
+        if name != "xla" and not on_gpu():
             refusals.append(f"{name}: expected a CUDA device, got {jax.default_backend()}")
             continue
         try:

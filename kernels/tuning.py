@@ -15,6 +15,8 @@ from pathlib import Path
 
 import jax
 
+from kvcompress_jax.kernels.dispatch import on_gpu
+
 Tuning = Mapping[str, int]
 
 HERE = Path(__file__).parent
@@ -46,7 +48,7 @@ def find_tuning(op: str, shape: str, device_kind: str | None = None) -> Tuning:
       NotImplementedError: no file has the shape.
       ValueError: a file is no JSON object of objects of whole numbers.
     """
-    if device_kind is None and jax.default_backend() in ("gpu", "cuda"):
+    if device_kind is None and on_gpu():
         device_kind = jax.devices()[0].device_kind
     files = [HERE / op / "tuned" / "default.json"]
     if device_kind is not None:

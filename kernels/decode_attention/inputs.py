@@ -47,6 +47,8 @@ class PageLists:
     raw_count: jax.Array  # i32[sequences]
     sink: jax.Array  # i32[sequences]
     length: jax.Array  # i32[sequences], tokens, those of the queries included
+    # Whether sealed pages with a fine chunk come before those without, in the layer attended to.
+    by_level: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def refuse_dtypes(q: jax.Array, pools: AttentionPools, *, float32: bool) -> None:
@@ -83,20 +85,27 @@ def group_pages(
     fine_of: jax.Array | None,
     page_size: int,
     oldest: jax.Array | None,
+    by_level: bool,
 ) -> Groups:
     """Sorts the pages of each sequence by level: a loop over pages of one level has no branch.
-    Where all have the same level and none is left out, they stay as they are.
+    Where they are in order already and none is left out, they stay as they are.
 
     Args:
       ids, index, count: of `PageLists`.
       fine_of: i32[pages] of the layer; None: no page is refined.
       page_size: tokens of a page.
       oldest: i32[sequences]: pages with only older tokens are left out. None: there are none.
+      by_level: of `PageLists`. Should it not be true, pages out of order are read without their
+        fine chunks.
     """
     column = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
     read = column < count[:, None]
-    if fine_of is None and oldest is None:
+    if oldest is None and fine_of is None:
         return Groups(ids, index, column, chunk=None, refined=None, plain=count, read=read)
+    if oldest is None and fine_of is not None and by_level:
+        chunk = jnp.where(read, fine_of[jnp.where(read, ids, 0)], -1)
+        refined = jnp.min(jnp.where(chunk < 0, column, ids.shape[1]), axis=1)
+        return Groups(ids, index, column, chunk, refined, plain=count - refined, read=read)
     if oldest is not None:
         read = read & ((index + 1) * page_size > oldest[:, None])
     kind = jnp.where(read, 1, 2)

@@ -63,22 +63,28 @@ def list_pages(
     page_size = pools.raw.shape[4]
     oldest = None if window is None else window.oldest
     grouped = functools.partial(group_pages, page_size=page_size, oldest=oldest)
-    recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None)
+    recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None, by_level=True)
     arrays = {
         "layer": layer,
         "length": lists.length,
-        "raw_ids": recent.ids,
-        "raw_index": recent.index,
+        "raw_ids": _some_columns(recent.ids),
+        "raw_index": _some_columns(recent.index),
         "raw_count": recent.plain,
     }
     if mass:
-        arrays |= {"raw_column": recent.column}
+        arrays |= {"raw_column": _some_columns(recent.column)}
     if window is not None:
         arrays |= {"span": window.span}
     if not sealed:
         return Listed(arrays, None, recent)
     fine_of = pools.fine_of[layer[0]] if pools.codes.fine_rows else None
-    past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
+    past = grouped(
+        lists.sealed,
+        lists.sealed_index,
+        lists.sealed_count,
+        fine_of=fine_of,
+        by_level=lists.by_level,
+    )
     arrays |= {"ids": past.ids, "plain": past.plain}
     if mass:
         arrays |= {"column": past.column}
@@ -89,6 +95,12 @@ def list_pages(
     if past.chunk is not None and past.refined is not None:
         arrays |= {"chunk": past.chunk, "refined": past.refined}
     return Listed(arrays, past, recent)
+
+
+def _some_columns(x: jax.Array) -> jax.Array:
+    """A column that nobody reads where there is none: Triton's route fails on empty arrays, in
+    loops of no step too."""
+    return x if x.shape[1] else jnp.pad(x, ((0, 0), (0, 1)))
 
 
 @dataclasses.dataclass(frozen=True)

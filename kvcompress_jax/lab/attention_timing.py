@@ -9,7 +9,15 @@ from jax import lax
 
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.lab.timing import median_seconds
-from kvcompress_jax.paged import CacheLayout, PagedCache, PageTable, PoolSizes, attend, init_cache
+from kvcompress_jax.paged import (
+    CacheLayout,
+    PagedCache,
+    PageTable,
+    PoolSizes,
+    attend,
+    init_cache,
+    order_by_level,
+)
 
 
 def random_cache(
@@ -94,6 +102,7 @@ def attention_step(
             return q + out  # the next layer has to wait
 
         layers = cache.layout.layers
+        table = order_by_level(cache, table)
         return lax.fori_loop(0, rounds * layers, body, q)
 
     return step

@@ -2,6 +2,8 @@
 
 import jax
 
+from kvcompress_jax.kernels.dispatch import on_gpu
+
 
 class DeviceError(Exception):
     """The command needs a device that this machine does not have."""
@@ -16,6 +18,6 @@ def require_gpu(what: str) -> str:
     Raises:
       DeviceError: there is none.
     """
-    if jax.default_backend() not in ("gpu", "cuda"):
+    if not on_gpu():
         raise DeviceError(f"{what} needs a GPU, and JAX has only {jax.default_backend()} here")
     return jax.devices()[0].device_kind

@@ -10,7 +10,15 @@ from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.decoder import decode, logits
 from kvcompress_jax.models.params import DecoderParams
 from kvcompress_jax.models.sharding import param_specs
-from kvcompress_jax.paged import PagedCache, PageTable, append, attend, cool, observe
+from kvcompress_jax.paged import (
+    PagedCache,
+    PageTable,
+    append,
+    attend,
+    cool,
+    observe,
+    order_by_level,
+)
 from kvcompress_jax.paged.heads import gather_heads
 from kvcompress_jax.paged.host_arrays import HostArray
 from kvcompress_jax.paged.measure import measure
@@ -105,6 +113,15 @@ def _one_step(
 ) -> tuple[jax.Array, PagedCache]:
     """See `run_step`: all of it, or the part of one device."""
     split = cache.split
+
+    def ordered(rows: Rows | None) -> Rows | None:
+        if rows is None:
+            return None
+        return dataclasses.replace(rows, table=order_by_level(cache, rows.table))
+
+    step = dataclasses.replace(
+        step, decoding=ordered(step.decoding), prefilling=ordered(step.prefilling)
+    )
     groups = [rows for rows in (step.decoding, step.prefilling) if rows is not None]
 
     def attention(

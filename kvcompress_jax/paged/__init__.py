@@ -9,6 +9,7 @@ from kvcompress_jax.paged.append import append
 from kvcompress_jax.paged.attention import AttentionMass, attend
 from kvcompress_jax.paged.cache import PagedCache, init_cache
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
+from kvcompress_jax.paged.level_order import order_by_level
 from kvcompress_jax.paged.observe import cool, observe
 from kvcompress_jax.paged.page_code import PageCode, encode_page
 from kvcompress_jax.paged.plan import (
@@ -61,6 +62,7 @@ __all__ = [
     "import_pages",
     "init_cache",
     "observe",
+    "order_by_level",
     "promote",
     "read_pages",
     "seal",

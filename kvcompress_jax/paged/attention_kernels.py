@@ -74,5 +74,5 @@ def kernel_inputs(cache: PagedCache, table: PageTable) -> tuple[AttentionPools, 
         order=cache.order,
     )
     pools = AttentionPools(raw=cache.raw, codes=codes, fine_of=cache.fine_of, sinks=cache.sinks)
-    fields = {f.name: jnp.asarray(getattr(table, f.name)) for f in dataclasses.fields(PageLists)}
-    return pools, PageLists(**fields)
+    fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(PageLists)}
+    return pools, jax.tree.map(jnp.asarray, PageLists(**fields))

@@ -26,3 +26,6 @@ class PageTable:
     raw_count: HostArray  # i32[sequences]
     sink: HostArray  # i32[sequences] slot of the exact first tokens, or -1
     length: HostArray  # i32[sequences] tokens, the ones of the current step included
+    # Whether in every layer sealed pages with a fine chunk come before those without
+    # (`order_by_level`): kernels need not sort them. Attention is the same.
+    by_level: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -1,15 +1,18 @@
 """`decode_attention` and `prefill_attention`, interpreted, against dense float64 attention that
 reads the same bytes; NaN in all that must not be read."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.kernels import dispatch as dispatching
 from kvcompress_jax.kernels.decode_attention import decode_attention
+from kvcompress_jax.kernels.decode_attention.queries import list_pages
 from kvcompress_jax.kernels.decode_attention.reference import attention_reference
 from kvcompress_jax.kernels.decode_attention.triton import attention_triton
 from kvcompress_jax.kernels.pools import check_addressable
@@ -108,6 +111,29 @@ def test_what_the_kernels_refuse():
     wide = jax.ShapeDtypeStruct((3 << 30,), jnp.uint8)
     with pytest.raises(NotImplementedError, match="base: expected at most 2 GiB or more than 4"):
         check_addressable(base=wide)
+
+
+def test_no_kernel_gets_an_empty_array():
+    """Which Triton's route cannot compile, and interpreting does not show."""
+    batch = make_batch(CompressionConfig(page_size=16, window_tokens=0), [64], dtype="bfloat16")
+    table = batch.table()
+    table = dataclasses.replace(
+        table,
+        raw=table.raw[:, :0],
+        raw_index=table.raw_index[:, :0],
+        raw_count=np.zeros_like(table.raw_count),
+    )
+    pools, lists = kernel_inputs(batch.cache, table)
+    listed = list_pages(pools, lists, 1, None, sealed=True, mass=True)
+    assert all(x.size for x in listed.arrays.values())
+    q = jnp.ones((1, 1, 4, 64), jnp.bfloat16)
+    settings = {"query_lengths": jnp.ones((1,), jnp.int32), "scale": 0.1}
+    settings |= {"window": None, "soft_cap": None, "return_mass": True}
+    for kernel in (attention_reference, attention_triton):
+        options = {"tuning": TUNING, "interpret": True} if kernel is attention_triton else {}
+        out, _, mass = jax.jit(functools.partial(kernel, **settings, **options))(q, pools, 1, lists)
+        assert np.isfinite(np.array(out, np.float32)).all()
+        assert mass[1].shape == (1, 2, 0, 16)
 
 
 def test_a_fallback_is_logged_and_counted(monkeypatch, caplog):

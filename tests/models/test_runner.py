@@ -1,5 +1,7 @@
 """The paged path against a dense float32 forward pass."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from kvcompress_jax.models.runner import make_runner
 from kvcompress_jax.models.step import run_step
 from kvcompress_jax.paged.raw_bits import bits
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
+from tests.paged.test_level_order import sorts
 
 LOGIT_TOLERANCE = 1e-3  # both are float32 sums of some thousand products; seen: 1e-5
 
@@ -172,3 +175,28 @@ def test_a_step_and_a_plan_work_in_place(monkeypatch, kv_dtype, enabled):
     # The same judge sees a step that is not in place.
     copied = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache)).lower(runner.cache).compile()
     assert copied.memory_analysis().alias_size_in_bytes < pools
+
+
+def test_a_step_sorts_pages_by_level_once(monkeypatch):
+    """As it is traced where there is a GPU: once for the sequence that decodes, once for the one
+    that reads its prompt, and not in every layer."""
+    config = CompressionConfig(page_size=64, window_tokens=0)
+    model = tiny_model(CONFIGS["qwen3"])
+    runner = runner_of(model, config, max_sequences=2, kv_dtype="bfloat16")
+    found = []
+
+    def spy(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: "gpu")
+            step = functools.partial(run_step.__wrapped__, **options)
+            found.append(sorts(jax.make_jaxpr(step)(*args).jaxpr))
+        return run_step(*args, **options)
+
+    first, second = runner.manager.add(), runner.manager.add()
+    for sequence in (first, second):
+        runner.extend(sequence, [1] * 64)
+    monkeypatch.setattr("kvcompress_jax.models.runner.run_step", spy)
+    runner.forward([(first, 1)], (second, [1] * 20))
+    monkeypatch.setattr("kvcompress_jax.models.step.order_by_level", lambda _, table: table)
+    runner.forward([(first, 1)], (second, [1] * 20))
+    assert found == [(2, 0), (2, 2)]  # the judge sees a step that does not sort ahead
