@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu.cases import REFUSALS, all_cases, refusals_of
+from benchmarks.gpu.cases import REFUSALS, gate_cases, refusals_of
 from benchmarks.gpu.inspect import inspect_cases
 from benchmarks.gpu.report import CaseReport, as_json, from_json, judge
 from benchmarks.gpu.table import gate_page, merged, stale
@@ -80,7 +80,7 @@ def _work(only: str, name: str, file: Path) -> int:
         file.write_text(json.dumps([as_json(x) for x in reports]))
         print(one_line(report), flush=True)
 
-    inspect_cases([case for case in all_cases() if only in case.name], target, done=done)
+    inspect_cases([case for case in gate_cases() if only in case.name], target, done=done)
     return 0
 
 

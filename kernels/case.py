@@ -18,6 +18,7 @@ class Case:
         function calls the kernel itself, not the dispatcher.
       floor_bytes: that any implementation has to move: each stored byte read or written once.
       most_bytes: times `floor_bytes` that the program may move.
+      most_spilled: bytes of a thread that are known to spill.
       needs_tensor_cores: whether it would be slow without.
       donate: numbers of the arguments that are updated in place.
       example: gives real arguments to check and time the function with; None: it is not timed.
@@ -31,6 +32,7 @@ class Case:
     floor_bytes: int
     needs_tensor_cores: bool
     most_bytes: float = MOST_BYTES
+    most_spilled: int = 0
     donate: tuple[int, ...] = ()
     example: Callable[[], tuple[Any, ...]] | None = None
     reference: Callable[..., Any] | None = None

@@ -59,6 +59,7 @@ def _inspect(case: Case, target: Target, folder: Path) -> CaseReport:
         moved_bytes=moved_bytes(text),
         floor_bytes=case.floor_bytes,
         most_bytes=case.most_bytes,
+        most_spilled=case.most_spilled,
     )
 
 

@@ -52,6 +52,7 @@ class CaseReport:
     moved_bytes: int = 0
     floor_bytes: int = 1
     most_bytes: float = MOST_BYTES
+    most_spilled: int = 0
 
     @property
     def bytes_over_floor(self) -> float:
@@ -99,7 +100,8 @@ def faults(report: CaseReport) -> list[str]:
     if report.refusal is None and not report.kernels:
         found.append("no kernel in the program")
     for kernel in report.kernels:
-        if kernel.spilled_bytes or kernel.local_instructions:
+        known = report.most_spilled
+        if kernel.spilled_bytes > known or (kernel.local_instructions and not known):
             found.append(
                 f"{kernel.name}: {kernel.spilled_bytes} bytes spilled,"
                 f" {kernel.local_instructions} instructions on local memory"

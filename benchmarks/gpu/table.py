@@ -11,7 +11,9 @@ HEAD = """# What the GPU kernels compile to
 
 Made by `make gpu-gate GATE_ARGS=--write` on a machine without a GPU; `make gpu-gate` compiles again
 and fails when this page no longer holds; CI judges pages of 64 tokens and heads of 128 anew.
-**Nothing here was timed.** Every case is compiled for the GPU it names, assembled and taken apart:
+**Nothing here was timed.** Every case is compiled for the GPU it names, assembled and taken apart;
+attention in every size that there are settings for, with few queries, with many, and with a chunk
+of a prompt:
 
 - *registers*, *spilled*, *stack*, *shared*: of a thread, bytes of a thread, bytes of a block.
 - *occupancy*: the share of a core's threads that can live at a time, at most.

@@ -102,7 +102,7 @@ def candidates(op: str, page_size: int, dim: int) -> list[Tuning]:
         *({"num_stages": stages} for stages in (2, 3, 4)),
         *({"programs": programs} for programs in (512, 2048)),
         {"widest": 32},
-        *({"columns": default["columns"] * by // 2} for by in (1, 4)),
+        *({"columns": x} for x in (default["columns"] // 2, default["columns"] * 2) if x >= 8),
     ]
     return [default | change for change in changes if default | change != default]
 
