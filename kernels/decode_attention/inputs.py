@@ -102,16 +102,15 @@ def group_pages(
     read = column < count[:, None]
     if oldest is None and fine_of is None:
         return Groups(ids, index, column, chunk=None, refined=None, plain=count, read=read)
-    if oldest is None and fine_of is not None and by_level:
-        chunk = jnp.where(read, fine_of[jnp.where(read, ids, 0)], -1)
-        refined = jnp.min(jnp.where(chunk < 0, column, ids.shape[1]), axis=1)
-        return Groups(ids, index, column, chunk, refined, plain=count - refined, read=read)
     if oldest is not None:
         read = read & ((index + 1) * page_size > oldest[:, None])
     kind = jnp.where(read, 1, 2)
     pages = [ids, index, column]
     if fine_of is not None:
         chunk = jnp.where(read, fine_of[jnp.where(read, ids, 0)], -1)
+        if by_level and oldest is None:
+            refined = jnp.min(jnp.where(chunk < 0, column, ids.shape[1]), axis=1)
+            return Groups(ids, index, column, chunk, refined, plain=count - refined, read=read)
         kind = jnp.where(chunk >= 0, 0, kind)
         pages.append(chunk)
     _, ids, index, column, *chunks = lax.sort((kind, *pages), num_keys=1, is_stable=True)

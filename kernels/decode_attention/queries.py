@@ -62,29 +62,26 @@ def list_pages(
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     page_size = pools.raw.shape[4]
     oldest = None if window is None else window.oldest
-    grouped = functools.partial(group_pages, page_size=page_size, oldest=oldest)
-    recent = grouped(lists.raw, lists.raw_index, lists.raw_count, fine_of=None, by_level=True)
+    grouped = functools.partial(
+        group_pages, page_size=page_size, oldest=oldest, by_level=lists.by_level
+    )
+    raw, raw_index = _some_columns(lists.raw), _some_columns(lists.raw_index)
+    recent = grouped(raw, raw_index, lists.raw_count, fine_of=None)
     arrays = {
         "layer": layer,
         "length": lists.length,
-        "raw_ids": _some_columns(recent.ids),
-        "raw_index": _some_columns(recent.index),
+        "raw_ids": recent.ids,
+        "raw_index": recent.index,
         "raw_count": recent.plain,
     }
     if mass:
-        arrays |= {"raw_column": _some_columns(recent.column)}
+        arrays |= {"raw_column": recent.column}
     if window is not None:
         arrays |= {"span": window.span}
     if not sealed:
         return Listed(arrays, None, recent)
     fine_of = pools.fine_of[layer[0]] if pools.codes.fine_rows else None
-    past = grouped(
-        lists.sealed,
-        lists.sealed_index,
-        lists.sealed_count,
-        fine_of=fine_of,
-        by_level=lists.by_level,
-    )
+    past = grouped(lists.sealed, lists.sealed_index, lists.sealed_count, fine_of=fine_of)
     arrays |= {"ids": past.ids, "plain": past.plain}
     if mass:
         arrays |= {"column": past.column}

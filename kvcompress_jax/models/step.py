@@ -112,11 +112,11 @@ def _one_step(
     split_weights: bool = False,
 ) -> tuple[jax.Array, PagedCache]:
     """See `run_step`: all of it, or the part of one device."""
-    split = cache.split
+    split, windowed = cache.split, any(config.layer_windows)
 
     def ordered(rows: Rows | None) -> Rows | None:
-        if rows is None:
-            return None
+        if rows is None or windowed:  # a window leaves out other pages in each layer
+            return rows
         return dataclasses.replace(rows, table=order_by_level(cache, rows.table))
 
     step = dataclasses.replace(
@@ -149,7 +149,7 @@ def _one_step(
                 rows.table,
                 query_lengths=rows.query_lengths,
                 scale=config.query_scale,
-                window=window if any(config.layer_windows) else None,
+                window=window if windowed else None,
                 soft_cap=config.soft_cap,
                 return_mass=track_mass,
             )
@@ -166,7 +166,7 @@ def _one_step(
                     lse,
                     query_lengths=rows.query_lengths,
                     scale=config.query_scale,
-                    window=window if any(config.layer_windows) else None,
+                    window=window if windowed else None,
                     soft_cap=config.soft_cap,
                 )
             outs.append(out.reshape(sequences * queries, *q.shape[1:]))

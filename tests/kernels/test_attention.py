@@ -34,6 +34,7 @@ TUNING = {
     "programs_raw": 4,
     "widest": 32,
 }
+INTERPRETED = functools.partial(attention_triton, tuning=TUNING, interpret=True)
 # page size, dim, group, queries, dtype, ratio of refined tokens, options
 CASES = {
     "page16": (16, 64, 4, 1, "bfloat16", 0.5, {}),
@@ -46,8 +47,8 @@ CASES = {
 }
 
 
-def run(batch, q, query_lengths, scale, *, kernel, **options):
-    pools, lists = kernel_inputs(batch.cache, batch.table())
+def run(batch, q, query_lengths, scale, *, kernel, table=None, layer=1, **options):
+    pools, lists = kernel_inputs(batch.cache, table or batch.table())
     options = {"window": None, "soft_cap": None, "return_mass": True} | options
 
     @jax.jit
@@ -55,7 +56,7 @@ def run(batch, q, query_lengths, scale, *, kernel, **options):
         return kernel(q, pools, layer, lists, query_lengths=lengths, scale=scale, **options)
 
     lengths = jnp.asarray(query_lengths, jnp.int32)
-    out, lse, mass = call(q, pools, jnp.int32(1), lists, lengths)
+    out, lse, mass = call(q, pools, jnp.int32(layer), lists, lengths)
     return out, lse, AttentionMass(*mass)
 
 
@@ -90,8 +91,7 @@ SLOW = ("all-refined", "one-head", "sixteen-heads")
     ],
 )
 def test_kernel_and_reference(case):
-    interpreted = functools.partial(attention_triton, tuning=TUNING, interpret=True)
-    check_kernels(case, (interpreted, attention_reference), pages=9)
+    check_kernels(case, (INTERPRETED, attention_reference), pages=9)
 
 
 def test_what_the_kernels_refuse():
@@ -127,13 +127,10 @@ def test_no_kernel_gets_an_empty_array():
     listed = list_pages(pools, lists, 1, None, sealed=True, mass=True)
     assert all(x.size for x in listed.arrays.values())
     q = jnp.ones((1, 1, 4, 64), jnp.bfloat16)
-    settings = {"query_lengths": jnp.ones((1,), jnp.int32), "scale": 0.1}
-    settings |= {"window": None, "soft_cap": None, "return_mass": True}
-    for kernel in (attention_reference, attention_triton):
-        options = {"tuning": TUNING, "interpret": True} if kernel is attention_triton else {}
-        out, _, mass = jax.jit(functools.partial(kernel, **settings, **options))(q, pools, 1, lists)
+    for kernel in (attention_reference, INTERPRETED):
+        out, _, mass = run(batch, q, [1], 0.1, kernel=kernel, table=table)
         assert np.isfinite(np.array(out, np.float32)).all()
-        assert mass[1].shape == (1, 2, 0, 16)
+        assert mass.raw.shape == (1, 2, 0, 16)
 
 
 def test_a_fallback_is_logged_and_counted(monkeypatch, caplog):
