@@ -45,6 +45,30 @@ def encode(x: jax.Array, step: jax.Array, zero: jax.Array) -> tuple[jax.Array, j
     return base.astype(jnp.int32), fine.astype(jnp.int32)
 
 
+def fed(
+    x: jax.Array,
+    scale: tuple[jax.Array, jax.Array],
+    debts: list[tuple[jax.Array, jax.Array]],
+    coarse: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Codes of f32[...], where `coarse` holds to the code that undoes earlier errors best.
+
+    Args:
+      x: f32[...].
+      scale: step and zero, that broadcast to x.
+      debts: what earlier errors add up to in each direction, and what x owes per unit of it; their
+        product broadcasts to x.
+      coarse: bool, broadcastable to x; elsewhere codes are the nearest.
+
+    Returns:
+      As `encode`, and f32[...], by how much the base codes miss x.
+    """
+    shift = sum((debt * owed for debt, owed in debts), jnp.zeros((), jnp.float32))
+    owes = coarse & (jnp.abs(shift) < jnp.inf)  # what overflows is not owed
+    codes = encode(jnp.where(owes, x - shift, x), *scale)
+    return codes, decode(codes[0], None, *scale) - x
+
+
 def decode(base: jax.Array, fine: jax.Array | None, step: jax.Array, zero: jax.Array) -> jax.Array:
     """f32[...] that codes i32[...] stand for; `fine` is f32[...] in steps, see `refine`."""
     position = base.astype(jnp.float32)

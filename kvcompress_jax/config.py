@@ -54,6 +54,9 @@ class CompressionConfig:
       attention: name of the attention score, see `kvcompress_jax.importance.ATTENTIONS`.
       learned_importance: file of a trained importance (`kvcompress train-importance`); None: the
         attention that a token got so far stands in its place.
+      error_feedback: whether keys of tokens with 4 bits are rounded so that their errors cancel in
+        the logits (`kvcompress_jax.feedback`). None: yes, where it can be had: in the engine of
+        this package, which probes the model, but not inside vLLM.
       telemetry_share: share of the steps in which the error of compression is measured, 0 to 1; 0:
         never, and nothing is kept for it.
       telemetry_pages: sealed pages that keep a raw copy on the device to measure it with.
@@ -82,6 +85,7 @@ class CompressionConfig:
     magnitude: str = "output_error"
     attention: str = "mean"
     learned_importance: str | None = None
+    error_feedback: bool | None = None
     telemetry_share: float = 0.0
     telemetry_pages: int = 4
     bound: QualityBound | None = None
@@ -113,6 +117,9 @@ class CompressionConfig:
             f"None, or at least window_tokens={self.window_tokens} with levels=3",
             after,
         )
+        if self.error_feedback:
+            _check(self.profile is None, "error_feedback", "no profile beside it", self.profile)
+            _check(self.levels == 3, "error_feedback", "levels=3 beside it", self.levels)
         if self.profile is not None:
             _check(not self.floor_layers, "floor_layers", "none with a profile", self.floor_layers)
             _check(after is None, "demote_after_tokens", "None with a profile", after)
@@ -179,7 +186,7 @@ class CompressionConfig:
         `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS`,
         `KVCOMPRESS_HOST_BYTES`, `KVCOMPRESS_DISK_BYTES`, `KVCOMPRESS_DISK_PATH`,
         `KVCOMPRESS_PREFIX_CACHE_BYTES`, `KVCOMPRESS_PROFILE`, `KVCOMPRESS_LEARNED_IMPORTANCE`,
-        `KVCOMPRESS_TELEMETRY_SHARE` and `KVCOMPRESS_FORCE`.
+        `KVCOMPRESS_ERROR_FEEDBACK`, `KVCOMPRESS_TELEMETRY_SHARE` and `KVCOMPRESS_FORCE`.
 
         Args:
           environ: variables to read.
@@ -273,6 +280,13 @@ class CompressionConfig:
         floors = bool(self.floor_layers) and self.ratio < 1
         partly = self.levels == 3 and (self.seal_level == 1 or floors)
         return self.compresses and (partly or self.profile is not None)
+
+    @property
+    def feeds_errors_back(self) -> bool:
+        """Whether keys are rounded with error feedback, where a model can be probed for it. With
+        two levels no key has 4 bits, and a calibrated code rounds in another basis."""
+        some = self.compresses and self.levels == 3 and self.profile is None
+        return some and self.error_feedback is not False
 
     @property
     def keeps_fine_planes(self) -> bool:
@@ -398,6 +412,7 @@ _VARIABLES = (
     ("KVCOMPRESS_PREFIX_CACHE_BYTES", "prefix_cache_bytes", _whole),
     ("KVCOMPRESS_PROFILE", "profile", str),
     ("KVCOMPRESS_LEARNED_IMPORTANCE", "learned_importance", str),
+    ("KVCOMPRESS_ERROR_FEEDBACK", "error_feedback", _flag),
     ("KVCOMPRESS_TELEMETRY_SHARE", "telemetry_share", _number),
     ("KVCOMPRESS_FORCE", "force", _flag),
 )
@@ -411,6 +426,7 @@ _TYPES = {
     "prefix_cache_bytes": int,
     "profile": str,
     "learned_importance": str,
+    "error_feedback": bool,
 }
 
 RECIPES = {

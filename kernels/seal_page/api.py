@@ -21,6 +21,8 @@ def seal_page(
     count: jax.Array,
     exact: jax.Array,
     worth: jax.Array | None = None,
+    feedback: jax.Array | None = None,
+    pairs: int = 4,
     implementation: str | None = None,
 ) -> tuple[CodePools, jax.Array]:
     """Codes pages of all layers: orders the tokens, quantises keys per channel over the page and
@@ -39,6 +41,12 @@ def seal_page(
         scales: they are kept exactly elsewhere.
       worth: f32[n, layers, heads, page_size], how much each token deserves the first slots: the
         greatest first, of equals the earlier token, NaN last. None: slot j holds token j.
+      feedback: f32[n, layers, heads, 2, rank, dim], finite: how errors of the keys' base codes are
+        fed back in tokens without a fine code. The channels are coded in blocks of `pairs` columns
+        of either half, the last columns first; a channel is rounded to the code nearest to what it
+        is less the sum over the rank of `answer` ([..., 1, r, channel]) times the sum of all
+        earlier blocks' errors times `carry` ([..., 0, r, channel]). None: all to the nearest.
+      pairs: see `feedback`; a power of two that divides dim/2.
       implementation: None chooses; a name never falls back to another.
 
     Returns:
@@ -50,7 +58,7 @@ def seal_page(
       ValueError: shapes or dtypes that do not belong together, an unknown implementation.
       NotImplementedError: the implementation that was named cannot do this.
     """
-    layers, _, _, heads, page_size, _ = _check_raw(raw, pools)
+    layers, _, _, heads, page_size, dim = _check_raw(raw, pools)
     n = source.shape[0]
     expected: dict[str, tuple[jax.Array, tuple[int, ...], str]] = {
         "source": (source, (n,), "int32"),
@@ -61,6 +69,13 @@ def seal_page(
     }
     if worth is not None:
         expected["worth"] = (worth, (n, layers, heads, page_size), "float32")
+    if feedback is not None:
+        rank = feedback.shape[-2]
+        expected["feedback"] = (feedback, (n, layers, heads, 2, rank, dim), "float32")
+        if pairs < 1 or pairs & (pairs - 1) or (dim // 2) % pairs:
+            raise ValueError(
+                f"pairs: expected a power of two that divides {dim // 2} (dim/2), got {pairs}"
+            )
     for name, (x, shape, dtype) in expected.items():
         if x.shape != shape or x.dtype != dtype:
             raise ValueError(f"{name}: expected {dtype}{list(shape)}, got {x.dtype}{list(x.shape)}")
@@ -76,6 +91,8 @@ def seal_page(
         count=count,
         exact=exact,
         worth=worth,
+        feedback=feedback,
+        pairs=pairs,
     )
 
 

@@ -12,20 +12,29 @@ from kvcompress_jax.kernels.seal_page.reference import seal_page_reference
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
 from kvcompress_jax.kernels.tuning import Tuning
 
-# page size, dim, slots that are refined, dtype, whether tokens are ordered
+# page size, dim, slots that are refined, dtype, whether tokens are ordered, whether errors are fed
 SIZES = (
-    (16, 64, 8, "bfloat16", True),
-    (64, 64, 32, "bfloat16", True),
-    (64, 96, 32, "bfloat16", True),
-    (64, 128, 32, "bfloat16", True),
-    (64, 128, 64, "bfloat16", False),
-    (64, 128, 0, "bfloat16", False),
-    (64, 128, 32, "float16", True),
-    (64, 256, 32, "bfloat16", True),
-    (128, 128, 64, "bfloat16", True),
-    (256, 128, 128, "bfloat16", True),
+    (16, 64, 8, "bfloat16", True, False),
+    (64, 64, 32, "bfloat16", True, False),
+    (64, 96, 32, "bfloat16", True, False),
+    (64, 128, 32, "bfloat16", True, False),
+    (64, 128, 64, "bfloat16", False, False),
+    (64, 128, 0, "bfloat16", False, False),
+    (64, 128, 32, "float16", True, False),
+    (64, 256, 32, "bfloat16", True, False),
+    (128, 128, 64, "bfloat16", True, False),
+    (256, 128, 128, "bfloat16", True, False),
+    (16, 64, 8, "bfloat16", True, True),
+    (64, 64, 32, "bfloat16", True, True),
+    (64, 96, 32, "bfloat16", True, True),
+    (64, 128, 32, "bfloat16", True, True),
+    (64, 128, 0, "bfloat16", False, True),
+    (64, 256, 32, "bfloat16", True, True),
+    (128, 128, 64, "bfloat16", True, True),
+    (256, 128, 128, "bfloat16", True, True),
 )
 LAYERS, PAGES, HEADS = 2, 64, 8
+RANK, PAIRS = 4, 4
 
 
 # Settings to choose from where a device is at hand, by page size.
@@ -38,17 +47,19 @@ def make_case(
     fine_rows: int,
     dtype: str,
     ordered: bool,
+    fed: bool = False,
     tuning: Tuning | None = None,
     *,
     pages: int = PAGES,
     interpret: bool = False,
 ) -> Case:
     """All pages of small pools, each once."""
-    example = functools.partial(_example, page_size, dim, fine_rows, dtype, ordered, pages)
+    example = functools.partial(_example, page_size, dim, fine_rows, dtype, ordered, fed, pages)
     run = functools.partial(seal_page_triton, tuning=tuning, interpret=interpret)
     arguments = jax.eval_shape(example)
     return Case(
-        name=f"seal_page/{page_size}x{dim}/{fine_rows}/{dtype}{'' if ordered else '/unordered'}",
+        name=f"seal_page/{page_size}x{dim}/{fine_rows}/{dtype}{'' if ordered else '/unordered'}"
+        f"{'/fed' if fed else ''}",
         op="seal_page",
         build=lambda: (functools.partial(_run, run), arguments),
         floor_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments)),
@@ -69,7 +80,7 @@ def candidates(page_size: int, dim: int) -> list[Tuning]:
     ]
 
 
-def _run(seal, raw, pools, source, target, chunks, count, exact, worth=None):  # type: ignore[no-untyped-def]
+def _run(seal, raw, pools, source, target, chunks, count, exact, worth=None, feedback=None):  # type: ignore[no-untyped-def]
     return seal(
         raw,
         pools,
@@ -79,11 +90,13 @@ def _run(seal, raw, pools, source, target, chunks, count, exact, worth=None):  #
         count=count,
         exact=exact,
         worth=worth,
+        feedback=feedback,
+        pairs=PAIRS,
     )
 
 
 def _example(
-    page_size: int, dim: int, fine_rows: int, dtype: str, ordered: bool, n: int
+    page_size: int, dim: int, fine_rows: int, dtype: str, ordered: bool, fed: bool, n: int
 ) -> tuple[Any, ...]:
     key = jax.random.key(0)
     pages = jnp.arange(n, dtype=jnp.int32)
@@ -106,8 +119,11 @@ def _example(
         jnp.int32(n),
         jnp.zeros_like(pages),
     )
-    if ordered:
-        arguments += (jax.random.uniform(key, (n, LAYERS, HEADS, page_size)),)
+    arguments += (jax.random.uniform(key, (n, LAYERS, HEADS, page_size)) if ordered else None,)
+    if fed:
+        # As large as measured ones: what a channel owes is a part of its step (0.3 here).
+        shape = (n, LAYERS, HEADS, 2, RANK, dim)
+        arguments += (jax.random.normal(key, shape) * jnp.array([1.0, 0.1])[:, None, None],)
     return arguments
 
 

@@ -17,6 +17,8 @@ def seal_page_reference(
     count: jax.Array,
     exact: jax.Array,
     worth: jax.Array | None,
+    feedback: jax.Array | None = None,
+    pairs: int = 0,
 ) -> tuple[CodePools, jax.Array]:
     """See `kvcompress_jax.kernels.seal_page.seal_page`."""
     layers, _, _, heads, page_size, _ = raw.shape
@@ -39,8 +41,14 @@ def seal_page_reference(
         jnp.max(keys, axis=-2, where=counted, initial=-jnp.inf),
     )
     value_step, value_zero = embedded.fit(jnp.min(values, axis=-1), jnp.max(values, axis=-1))
+    refined = (token[None, None, :] < fine_rows) & (
+        chunks.T[:, :, None] >= 0
+    )  # [layers, n, page_size]
+    key_scale = key_step[..., None, :], key_zero[..., None, :]
     planes = zip(
-        embedded.encode(keys, key_step[..., None, :], key_zero[..., None, :]),
+        embedded.encode(keys, *key_scale)
+        if feedback is None
+        else _feed(keys, key_scale, ~refined[:, :, None, :, None], feedback.swapaxes(0, 1), pairs),
         embedded.encode(values, value_step[..., None], value_zero[..., None]),
         strict=True,
     )
@@ -72,3 +80,34 @@ def _plane(keys: jax.Array, values: jax.Array) -> jax.Array:
     packed = [embedded.pack(*jnp.split(x, 2, axis=-1)) for x in (keys, values)]
     packed[1] = packed[1].swapaxes(-1, -2)
     return jnp.stack([x.reshape(*x.shape[:-2], -1) for x in packed], axis=2)
+
+
+def _feed(
+    keys: jax.Array,
+    scale: tuple[jax.Array, jax.Array],
+    coarse: jax.Array,
+    feedback: jax.Array,
+    pairs: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes of f32[layers, n, heads, page_size, dim], from the last block of channels to the first,
+    as i32[2, ...] of keys' shape: base and fine."""
+    dim = keys.shape[-1]
+    half, rank = dim // 2, feedback.shape[-2]
+    debts = [jnp.zeros((*keys.shape[:-1], 1)) for _ in range(rank)]
+    codes = jnp.zeros((2, *keys.shape), jnp.int32)
+    for start in range(half - pairs, -1, -pairs):
+        owed = list(debts)
+        for columns in (slice(start + j * half, start + j * half + pairs) for j in range(2)):
+            carry, answer = (feedback[..., kind, :, None, columns] for kind in range(2))
+            pair, error = embedded.fed(
+                keys[..., columns],
+                (scale[0][..., columns], scale[1][..., columns]),
+                [(debts[r], answer[..., r, :, :]) for r in range(rank)],
+                coarse,
+            )
+            codes = codes.at[..., columns].set(jnp.stack(pair))
+            for r in range(rank):
+                term = jnp.sum(error * carry[..., r, :, :], axis=-1, keepdims=True)
+                owed[r] = owed[r] + term
+        debts = owed
+    return codes[0], codes[1]

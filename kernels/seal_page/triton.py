@@ -33,19 +33,24 @@ def seal_page_triton(
     count: jax.Array,
     exact: jax.Array,
     worth: jax.Array | None,
+    feedback: jax.Array | None = None,
+    pairs: int = 0,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[CodePools, jax.Array]:
     """See `kvcompress_jax.kernels.seal_page.seal_page`.
 
     Args:
+      pairs: columns of a block of `feedback`, a power of two.
       tuning: num_warps, num_stages, and `channels`: of half a vector that are coded at a time, a
         power of two that divides dim/2. None: what is known to suit the shape and the device.
       interpret: run it in JAX on any device.
     """
     layers, raw_pages, _, heads, page_size, dim = raw.shape
     check_addressable(raw=raw, base=pools.base, fine=pools.fine)
-    tuning = tuning or find_tuning("seal_page", f"{page_size}x{dim}")
+    if tuning is None:
+        shape = f"{page_size}x{dim}"
+        tuning = find_tuning("seal_page", shape) if feedback is None else fed_tuning(page_size)
     channels = tuning["channels"]
     if channels & (channels - 1) or (dim // 2) % channels:
         raise NotImplementedError(
@@ -54,7 +59,7 @@ def seal_page_triton(
     n = source.shape[0]
     flat = raw.reshape(layers, raw_pages, 2, heads, page_size * dim)
     tables = (source, target, chunks, count.reshape(1), exact)
-    inputs = (flat, *tables) if worth is None else (flat, *tables, worth)
+    inputs = (flat, *tables, *(x for x in (worth, feedback) if x is not None))
     names = [name for name in _POOLS if name != "fine" or pools.fine_rows]
     outputs = tuple(getattr(pools, name) for name in names)
     somewhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -62,6 +67,8 @@ def seal_page_triton(
         functools.partial(
             _kernel,
             ordered=worth is not None,
+            rank=0 if feedback is None else feedback.shape[4],
+            pairs=pairs,
             dim=dim,
             page_size=page_size,
             fine_rows=pools.fine_rows,
@@ -86,12 +93,22 @@ def seal_page_triton(
     return dataclasses.replace(pools, **dict(zip(names, written, strict=True))), finite
 
 
+def fed_tuning(page_size: int) -> Tuning:
+    """Settings with feedback, which needs registers for all that is fed: four numbers of an array
+    in each thread are what compiles without a spill."""
+    warps = min(8, page_size // 16)
+    return {"num_warps": warps, "num_stages": 1, "channels": 8 if page_size < 256 else 4}
+
+
 _POOLS = ("base", "key_step", "key_zero", "value_step", "value_zero", "order", "fine")
 
 
-def _kernel(*refs, ordered, dim, page_size, fine_rows, channels):  # type: ignore[no-untyped-def]
+def _kernel(  # type: ignore[no-untyped-def]
+    *refs, ordered, rank, pairs, dim, page_size, fine_rows, channels
+):
     raw, source, target, chunks, count, exact = refs[:6]
     worth = refs[6] if ordered else None
+    feedback = refs[6 + ordered] if rank else None
     written = refs[-8:] if fine_rows else (*refs[-7:-1], None, refs[-1])
     base, key_step, key_zero, value_step, value_zero, order_pool, fine, bad = written
     i, layer, head = (pl.program_id(axis) for axis in range(3))
@@ -130,19 +147,34 @@ def _kernel(*refs, ordered, dim, page_size, fine_rows, channels):  # type: ignor
                     mask = jnp.broadcast_to(mask, packed.shape)
                     plt.store(fine.at[chunk, kind, head, place], packed, mask=mask)
 
-        def keys(piece, bad):
-            codes, place = [], piece * channels
-            for j, x in enumerate(load(0, piece)):
+        def keys(turn, state):
+            bad, debts = state
+            piece = pieces - 1 - turn  # errors are fed from the last channels to the first
+            numbers, scales, codes, place = load(0, piece), [], [], piece * channels
+            for j, x in enumerate(numbers):
                 lo = jnp.min(jnp.where(counted[:, None], x, jnp.inf), axis=0)
                 hi = jnp.max(jnp.where(counted[:, None], x, -jnp.inf), axis=0)
                 step, zero = embedded.fit(lo, hi)
                 channel = pl.ds(place + j * half, channels)
                 key_step[layer, into, head, channel] = step
                 key_zero[layer, into, head, channel] = zero
-                codes.append(embedded.encode(x, step[None, :], zero[None, :]))
+                scales.append((step[None, :], zero[None, :]))
+                codes.append(embedded.encode(x, *scales[-1]))
                 bad = bad + _not_finite(x)
+            if feedback is not None:
+                here = [
+                    [
+                        [
+                            feedback[i, layer, head, kind, r, pl.ds(place + j * half, channels)]
+                            for r in range(rank)
+                        ]
+                        for j in range(2)
+                    ]
+                    for kind in range(2)
+                ]
+                codes, debts = _feed(numbers, scales, codes, debts, ~refined, here, pairs)
             store(0, piece, *codes)
-            return bad
+            return bad, debts
 
         def look(piece, state):
             lo, hi, bad = state
@@ -153,7 +185,9 @@ def _kernel(*refs, ordered, dim, page_size, fine_rows, channels):  # type: ignor
             return lo, hi, bad
 
         ends = jnp.full((page_size,), jnp.inf, jnp.float32)
-        found = lax.fori_loop(0, pieces, keys, jnp.zeros((page_size,), jnp.int32))
+        debts = tuple(jnp.zeros((page_size,), jnp.float32) for _ in range(rank))
+        nothing = jnp.zeros((page_size,), jnp.int32)
+        found, _ = lax.fori_loop(0, pieces, keys, (nothing, debts))
         lo, hi, found = lax.fori_loop(0, pieces, look, (ends, -ends, found))
         bad[i, layer, head] = jnp.sum(found)
         step, zero = embedded.fit(lo, hi)
@@ -166,6 +200,46 @@ def _kernel(*refs, ordered, dim, page_size, fine_rows, channels):  # type: ignor
             return carry
 
         lax.fori_loop(0, pieces, values, 0)
+
+
+def _feed(numbers, scales, codes, debts, coarse, feedback, pairs):  # type: ignore[no-untyped-def]
+    """Rounds the coarse tokens of a piece again, block after block, so that a block undoes what the
+    errors of those before did; see `embedded.fed`.
+
+    Args:
+      numbers: both halves, f32[page_size, channels] each.
+      scales: of both halves, step and zero [1, channels] each.
+      codes: of both halves, base and fine, rounded to the nearest.
+      debts: f32[page_size] for each direction: what earlier errors add up to.
+      coarse: bool[page_size].
+      feedback: carry and answer, of both halves, of each direction, f32[channels].
+      pairs: columns of a block.
+    """
+    carry, answer = feedback
+    channels = numbers[0].shape[1]
+    column = lax.iota(jnp.int32, channels)
+
+    def body(turn, state):
+        codes, debts = state
+        block = channels // pairs - 1 - turn
+        inside = (column // pairs == block)[None, :]
+        after, owed = [], list(debts)
+        for j in range(2):
+            new, error = embedded.fed(
+                numbers[j],
+                scales[j],
+                [(debt[:, None], a[None, :]) for debt, a in zip(debts, answer[j], strict=True)],
+                coarse[:, None],
+            )
+            error = jnp.where(inside, error, 0.0)
+            owed = [
+                debt + jnp.sum(error * c[None, :], axis=1)
+                for debt, c in zip(owed, carry[j], strict=True)
+            ]
+            after.append(tuple(jnp.where(inside, n, o) for n, o in zip(new, codes[j], strict=True)))
+        return tuple(after), tuple(owed)
+
+    return lax.fori_loop(0, channels // pairs, body, (tuple(codes), debts))
 
 
 def _order(worth, i, layer, head, page_size):  # type: ignore[no-untyped-def]

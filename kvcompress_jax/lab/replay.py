@@ -52,6 +52,7 @@ def capture(
         sinks=sinks,
         window=window,
         kv_dtype=kv_dtype,
+        feedback=model.key_feedback,
     )
 
 

@@ -1,9 +1,9 @@
 """Texts to measure on."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvcompress_jax.models.default_text import default_text
 from kvcompress_jax.models.load import Model
 
 HELD_OUT = 2  # samples: one decides badly between close calls
@@ -20,11 +20,10 @@ def load_text(path: str | Path | None = None) -> str:
       TextError: the file cannot be read, is not UTF-8 or is empty.
     """
     if path is None:
-        if importlib.util.find_spec("pydoc_data.topics") is None:
+        text = default_text()
+        if text is None:
             raise TextError("text: this Python comes without pydoc_data.topics; name a file")
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics.values())
+        return text
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

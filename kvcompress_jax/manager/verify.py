@@ -129,7 +129,7 @@ def _verify_device(manager: KVCacheManager, cache: PagedCache, expect: Expect) -
     """The pools have the bytes that are claimed, and hold the codes that are claimed."""
     expect("sizes of the pools", manager.sizes, cache.sizes)
     claimed = manager.device_sizes.total_bytes(manager.device_layout)
-    pools = jax.tree.leaves(dataclasses.replace(cache, code=None, rejected=None))  # type: ignore[arg-type]
+    pools = jax.tree.leaves(dataclasses.replace(cache, code=None, feedback=None, rejected=None))  # type: ignore[arg-type]
     live: Counter[object] = Counter()
     for pool in pools:
         if isinstance(pool, jax.Array):

@@ -1,6 +1,7 @@
 """Loading a model: from a name, a file or a directory to weights and tokenizer."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,11 +11,13 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kvcompress_jax.feedback import KeyFeedback
 from kvcompress_jax.models.checkpoint import Checkpoint, read_params
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.errors import ModelError
 from kvcompress_jax.models.gguf_file import GgufFile
 from kvcompress_jax.models.params import DecoderParams
+from kvcompress_jax.models.probe import probe_feedback
 from kvcompress_jax.models.safetensors_dir import SafetensorsDirectory
 from kvcompress_jax.models.tokenizer import Tokenizer
 
@@ -40,6 +43,11 @@ class Model:
     tokenizer: Tokenizer | None
     name: str
     fingerprint: str
+
+    @functools.cached_property
+    def key_feedback(self) -> KeyFeedback:
+        """How errors of this model's keys are fed back; reads the model once, when first asked."""
+        return probe_feedback(self.params, self.config, self.tokenizer)
 
 
 def load_model(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> Model:

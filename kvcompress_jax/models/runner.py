@@ -78,6 +78,7 @@ class Runner:
         self.max_sequences = max_sequences
         self.layout = cache_layout(model.config, config, kv_dtype, profile)
         learned = learned_score(model, config)
+        feedback = model.key_feedback if config.feeds_errors_back else None
         sizes = dataclasses.replace(
             sizes, learned_bytes=sum(x.nbytes for x in jax.tree.leaves(learned))
         )
@@ -85,6 +86,7 @@ class Runner:
         self.tenant_shares = tenant_shares
         self._code = None if profile is None else profile.code(layer_frequencies(model.config))
         self._learned = learned
+        self._feedback = feedback
         self.disk = open_disk_tier(config, self.layout, model_fingerprint=model.fingerprint)
         self.manager, self.cache = self._new_cache(first_sequence_id=0)
 
@@ -101,7 +103,14 @@ class Runner:
             sharding=self.sharding,
         )
         init = init_cache if self.sharding is None else self.sharding.init
-        return manager, init(self.layout, self.sizes, self._code, learned=self._learned)
+        cache = init(
+            self.layout,
+            self.sizes,
+            self._code,
+            learned=self._learned,
+            feedback=self._feedback,
+        )
+        return manager, cache
 
     def intact(self) -> bool:
         """Whether the cache is still there: a step that fails on the device takes it along, as it

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kvcompress_jax.calibrated import CalibratedCode
 from kvcompress_jax.codec import Scale
+from kvcompress_jax.feedback import KeyFeedback
 from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.paged.heads import HeadSplit
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
@@ -41,6 +42,7 @@ class PagedCache:
     code: CalibratedCode | None  # of level 3; not a pool, and the same for every cache of a model
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
     learned: LearnedScore | None = None  # weights of the trained importance, read only
+    feedback: KeyFeedback | None = None  # what keys are rounded with; None: to the nearest
     telemetry: Telemetry | None = None
     # None outside `jax.shard_map`: the arrays are whole, wherever they are.
     split: HeadSplit | None = dataclasses.field(default=None, metadata={"static": True})
@@ -64,18 +66,21 @@ def init_cache(
     code: CalibratedCode | None = None,
     *,
     learned: LearnedScore | None = None,
+    feedback: KeyFeedback | None = None,
 ) -> PagedCache:
     """An empty cache. Every pool is allocated at once and never grows.
 
     Args:
       layout: of a page.
       sizes: of the pools.
-      code: of level 3; exactly where the layout has rows. Like `learned`, the cache keeps a copy:
-        a cache is donated.
+      code: of level 3; exactly where the layout has rows. Like `learned` and `feedback`, the cache
+        keeps a copy: a cache is donated.
       learned: trained importance score that pages are sealed with.
+      feedback: that keys of tokens without a fine plane are rounded with; None: to the nearest.
 
     Raises:
-      ValueError: a layout with rows without a code, or the other way round.
+      ValueError: a layout with rows without a code, or the other way round, or feedback that does
+        not fit the layout.
     """
     if (code is None) != (layout.rows is None):
         raise ValueError(
@@ -83,6 +88,15 @@ def init_cache(
             f" with rows={layout.rows}, got {'none' if code is None else 'one'}"
         )
     layers, heads, dim = layout.layers, layout.kv_heads, layout.head_dim
+    if feedback is not None:
+        if layout.rows is not None:
+            raise ValueError("feedback: expected none beside a calibrated code, got one")
+        expected = (layers, heads, 2, dim // 2)
+        if feedback.carry.shape[:4] != expected:
+            raise ValueError(
+                f"feedback: expected {list(expected)} (layers, kv_heads, 2, head_dim / 2),"
+                f" got {list(feedback.carry.shape[:4])}"
+            )
     page, pages = layout.page_size, sizes.sealed_pages
     counted = sizes.raw_pages if layout.statistics else 0
     base_shape: tuple[int, ...] = (layers, pages, 2, heads, page * dim // 2)
@@ -118,6 +132,7 @@ def init_cache(
         code=jax.tree.map(jnp.copy, code),
         layout=layout,
         learned=jax.tree.map(jnp.copy, learned),
+        feedback=jax.tree.map(jnp.copy, feedback),
         telemetry=init_telemetry(
             (layers, sizes.shadow_pages, 2, heads, page, dim), layout.jax_dtype
         )

@@ -19,6 +19,7 @@ from kvcompress_jax.codec import (
     pack_high,
     pack_low,
 )
+from kvcompress_jax.feedback import PageFeedback, encode_with_feedback
 from kvcompress_jax.importance import (
     ImportanceRule,
     LearnedScore,
@@ -158,8 +159,23 @@ def code_page(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: in
     return lay_out(code_rows(keys, values, fit, fine_rows=fine_rows), fit, fine_rows=fine_rows)
 
 
-def code_rows(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: int) -> PageRows:
-    """The first half of `code_page`: all that is computed with numbers."""
+def code_rows(
+    keys: jax.Array,
+    values: jax.Array,
+    fit: PageFit,
+    feedback: PageFeedback | None = None,
+    refines: jax.Array | None = None,
+    *,
+    fine_rows: int,
+) -> PageRows:
+    """The first half of `code_page`: all that is computed with numbers.
+
+    Args:
+      keys, values, fit, fine_rows: as in `code_page`.
+      feedback: keys of tokens that the fine plane does not cover are rounded with it; None: all
+        are rounded to the nearest.
+      refines: bool[], whether the fine plane will be stored; None: it will.
+    """
 
     def encoded(x: jax.Array, scale: Scale, axis: int) -> jax.Array:
         if fine_rows:
@@ -170,8 +186,16 @@ def code_rows(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: in
         order = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape[:2])
     else:
         order = order_tokens(fit.worth.T).T
+    if feedback is None:
+        key_codes = encoded(keys, fit.key_scale, -2)
+    else:
+        token = jnp.arange(keys.shape[1], dtype=jnp.int32)
+        covered = jnp.any(order[:, :fine_rows, None] == token[None, None, :], axis=1)
+        coarse = ~covered if refines is None else ~(covered & refines)
+        base, fine = encode_with_feedback(keys, fit.key_scale, coarse, feedback)
+        key_codes = (base << jnp.uint8(4)) | (fine if fine_rows else jnp.uint8(0))
     return PageRows(
-        keys=encoded(keys, fit.key_scale, -2),
+        keys=key_codes,
         values=encoded(values, fit.value_scale, -1),
         order=order,
     )

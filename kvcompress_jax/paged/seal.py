@@ -11,6 +11,7 @@ from jax import lax
 
 from kvcompress_jax.calibrated.code import LARGEST
 from kvcompress_jax.codec import all_finite
+from kvcompress_jax.feedback import HEAD_AXIS, at_position
 from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.heads import head_by_head, on_all_heads
@@ -64,6 +65,8 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
         in_axes=(0, 0, 0, 0, None, 0),
     )
     code_layers = jax.vmap(functools.partial(code_rows, fine_rows=fine_rows))
+    # Where the heads are in its arguments, with layers before them.
+    code_axes = (1, 1, 1, HEAD_AXIS, None)
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
@@ -107,7 +110,14 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
                 axes=FIT_AXES,
                 out_axis=1,
             )
-            rows = _in_memory(finite, code_layers, keys, values, fit)
+            if cache.feedback is None:
+                rows = _in_memory(finite, code_layers, keys, values, fit)
+            else:
+                code = functools.partial(
+                    head_by_head, cache.split, code_layers, axes=code_axes, out_axis=1
+                )
+                feedback = at_position(cache.feedback, sealing.first[i])
+                rows = _in_memory(finite, code, keys, values, fit, feedback, sealing.chunks[i] >= 0)
             write = functools.partial(
                 _store_planes,
                 rows=rows,

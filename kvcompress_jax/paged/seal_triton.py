@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcompress_jax.codec import Scale
+from kvcompress_jax.feedback import at_position, block_pairs
 from kvcompress_jax.kernels.pools import CodePools
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
 from kvcompress_jax.paged.cache import PagedCache
@@ -48,6 +49,8 @@ def seal_triton(cache: PagedCache, sealing: Sealing, *, interpret: bool = False)
         count=jnp.asarray(sealing.count),
         exact=jnp.where(first, exact, 0).astype(jnp.int32),
         worth=_worth(cache, sealing, n),
+        feedback=_feedback(cache, sealing),
+        pairs=block_pairs(layout.head_dim),
         interpret=interpret,
     )
     sealed = on_all_heads(cache.split, sealed)
@@ -74,6 +77,16 @@ def seal_triton(cache: PagedCache, sealing: Sealing, *, interpret: bool = False)
         rejected=cache.rejected + jnp.sum(real & ~sealed, dtype=jnp.int32),
     )
     return _keep_shadows(cache, sealing)
+
+
+def _feedback(cache: PagedCache, sealing: Sealing) -> jax.Array | None:
+    """f32[n, layers, heads, 2, rank, dim], as `seal_page` has it."""
+    if cache.feedback is None:
+        return None
+    page = jax.vmap(functools.partial(at_position, cache.feedback))(jnp.asarray(sealing.first))
+    both = jnp.stack([page.carry, page.answer], axis=3)  # [n, layers, heads, 2, 2, dim/2, rank]
+    both = jnp.moveaxis(both, -1, 4)
+    return both.reshape(*both.shape[:5], cache.layout.head_dim)
 
 
 def _worth(cache: PagedCache, sealing: Sealing, n: int) -> jax.Array | None:

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvcompress_jax.calibrated import CalibratedCode
+from kvcompress_jax.feedback import HEAD_AXIS, KeyFeedback
 from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.paged.cache import PagedCache, init_cache
 from kvcompress_jax.paged.heads import HeadSplit
@@ -90,6 +91,7 @@ class HeadSharding:
         code: CalibratedCode | None = None,
         *,
         learned: LearnedScore | None = None,
+        feedback: KeyFeedback | None = None,
     ) -> PagedCache:
         """`init_cache` on all devices; none ever has more than its own part.
 
@@ -98,14 +100,14 @@ class HeadSharding:
         """
         self.local_layout(layout)
         make = functools.partial(init_cache, layout, sizes)
-        cache = jax.eval_shape(make, code, learned=learned)
+        cache = jax.eval_shape(make, code, learned=learned, feedback=feedback)
 
         def place(x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
             # JAX calls empty arrays replicated after every program; not to compile the first twice:
             return NamedSharding(self.mesh, spec if x.size else REPLICATED)
 
         where = jax.tree.map(place, cache, cache_specs(self, cache))
-        return jax.jit(make, out_shardings=where)(code, learned=learned)
+        return jax.jit(make, out_shardings=where)(code, learned=learned, feedback=feedback)
 
     def run(self, function: Callable[..., Any], *args: Any, in_specs: Any, out_specs: Any) -> Any:
         """Calls a function on every device with its own part of the arguments."""
@@ -196,13 +198,15 @@ def cache_specs(sharding: HeadSharding, cache: PagedCache) -> PagedCache:
         lambda _: REPLICATED, {f.name: getattr(cache, f.name) for f in _arrays(cache)}
     )
     heads = {"raw": 3, "mass": 2, "base": 3, "order": 2, "fine": 2, "refined": 2, "sinks": 3}
-    heads |= {"key_scale": 2, "value_scale": 2, "code": 1, "learned": 1}
+    heads |= {"key_scale": 2, "value_scale": 2, "code": 1, "learned": 1, "feedback": HEAD_AXIS}
     if cache.layout.rows is not None:
         heads["base"] = 2
     for name, axis in heads.items():
         parts[name] = jax.tree.map(lambda _, axis=axis: at(axis), getattr(cache, name))
     if cache.code is not None:
         parts["code"] = dataclasses.replace(parts["code"], frequencies=REPLICATED)
+    if cache.feedback is not None:
+        parts["feedback"] = dataclasses.replace(parts["feedback"], frequencies=REPLICATED)
     if cache.telemetry is not None:
         parts["telemetry"] = dataclasses.replace(parts["telemetry"], shadow=at(3))
     return dataclasses.replace(cache, **parts)

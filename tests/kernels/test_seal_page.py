@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvcompress_jax.feedback import PageFeedback
 from kvcompress_jax.importance import ImportanceRule
 from kvcompress_jax.kernels.seal_page import seal_page
 from kvcompress_jax.kernels.seal_page.reference import seal_page_reference
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
-from kvcompress_jax.paged.page_code import code_page, fit_page
+from kvcompress_jax.paged.page_code import code_page, code_rows, fit_page, lay_out
 from tests.kernels.pages import (
     CHUNKS,
     HEADS,
@@ -75,10 +76,10 @@ def make_work(page_size, dim, fine_rows, dtype):
     return Work(raw, fits, fits.worth)
 
 
-@functools.partial(jax.jit, static_argnames="channels")
-def _run_triton(raw, pools, tables, channels):
+@functools.partial(jax.jit, static_argnames=("channels", "pairs"))
+def _run_triton(raw, pools, tables, channels, pairs=4):
     tuning = {"num_warps": 4, "num_stages": 1, "channels": channels}
-    return seal_page_triton(raw, pools, tuning=tuning, interpret=True, **tables)
+    return seal_page_triton(raw, pools, pairs=pairs, tuning=tuning, interpret=True, **tables)
 
 
 def run_triton(work, pools, channels, **changes):
@@ -150,6 +151,75 @@ def test_the_reference_is_the_kernel(page_size, dim, fine_rows):
     assert all(same_bytes(a, b) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True))
 
 
+@functools.cache
+def feedback_of(dim):
+    """Of every page, layer and head its own, as large as measured ones."""
+    shape = (N, LAYERS, HEADS, 2, 4, dim)
+    sizes = jnp.array([1.0, 0.1])[None, None, None, :, None, None]
+    return jax.random.normal(jax.random.key(3), shape) * sizes
+
+
+def fed_code(work, entry, layer, fine_rows, feedback):
+    """The paged cache's own code of a page with feedback, planes as rows."""
+    fit = jax.tree.map(lambda x: x[entry, layer], work.fits)
+    kv = work.raw[layer, SOURCE[entry]]
+    both = feedback[entry, layer].reshape(HEADS, 2, 4, 2, -1).transpose(1, 0, 3, 4, 2)
+    refines = jnp.asarray(CHUNK_OF[entry][layer] >= 0)
+
+    @jax.jit
+    def code(keys, values, fit, carry, answer):
+        page = PageFeedback(carry=carry, answer=answer)
+        rows = code_rows(keys, values, fit, page, refines, fine_rows=fine_rows)
+        return lay_out(rows, fit, fine_rows=fine_rows)
+
+    return code(kv[0], kv[1], fit, *both)
+
+
+def fed_differences(work, pools, fine_rows, feedback):
+    """Shares of the bytes of keys' base planes, and of all else, that are not the paged cache's.
+
+    Not to the byte: the sum of what a channel owes may be a float32 that rounds the other way, and
+    then every code that follows in its token may be another.
+    """
+    keys, rest = [], []
+    for entry in range(COUNT):
+        for layer in range(LAYERS):
+            code = fed_code(work, entry, layer, fine_rows, feedback)
+            page = {name: x[layer] for name, x in page_of(pools, TARGET[entry]).items()}
+            keys.append(np.asarray(page["base"])[0] != np.asarray(code.base)[0])
+            rest.append(np.asarray(page["base"])[1] != np.asarray(code.base)[1])
+            rest.append(np.asarray(page["order"]) != np.asarray(code.order))
+            chunk = CHUNK_OF[entry][layer]
+            if fine_rows and chunk >= 0:
+                rest.append(np.asarray(pools.fine[chunk]) != np.asarray(code.fine))
+    return [float(np.concatenate([x.ravel() for x in each]).mean()) for each in (keys, rest)]
+
+
+@pytest.mark.parametrize(
+    ("page_size", "dim", "fine_rows", "dtype", "channels"), [SIZES[0], SIZES[2], SIZES[3]]
+)
+def test_keys_are_fed_back_as_in_the_paged_cache(page_size, dim, fine_rows, dtype, channels):
+    work = make_work(page_size, dim, fine_rows, dtype)
+    feedback = feedback_of(dim)
+    before = empty_pools(page_size, dim, fine_rows)
+    after, sealed = run_triton(work, before, channels, feedback=feedback)
+    assert np.array_equal(sealed, [True, True, True, False])
+    keys, rest = fed_differences(work, after, fine_rows, feedback)
+    assert rest == 0
+    assert keys < 0.01
+    if fine_rows < page_size:  # where all tokens are refined, only pages without a chunk are fed
+        plain, _ = run_triton(work, before, channels)
+        assert fed_differences(work, plain, fine_rows, feedback)[0] > 0.1
+        other = run_triton(work, before, channels, feedback=feedback[:, :, ::-1])[0]
+        assert fed_differences(work, other, fine_rows, feedback)[0] > 0.1
+    reference, _ = jax.jit(functools.partial(seal_page_reference, pairs=4))(
+        work.raw, before, **work.tables | {"feedback": feedback}
+    )
+    keys, rest = fed_differences(work, reference, fine_rows, feedback)
+    assert rest == 0
+    assert keys < 0.01
+
+
 def within_level(work, pools, fine_rows):
     """Every value is within half a cell of the raw one: a step's 32nd where it is refined.
 
@@ -217,6 +287,11 @@ def test_bad_input_is_one_line():
         seal_page(work.raw[:, :, :, :, :8], pools, **work.tables)
     with pytest.raises(ValueError, match=r"^target: expected int32\[4\], got int32\[3\]$"):
         seal_page(work.raw, pools, **work.tables | {"target": jnp.array(TARGET[:3], jnp.int32)})
+    feedback = feedback_of(64)
+    with pytest.raises(ValueError, match=r"^feedback: expected float32\[4, 2, 2, 2, 4, 64\], got"):
+        seal_page(work.raw, pools, **work.tables, feedback=feedback[1:])
+    with pytest.raises(ValueError, match=r"^pairs: expected a power of two that divides 32 "):
+        seal_page(work.raw, pools, **work.tables, feedback=feedback, pairs=3)
     with pytest.raises(ValueError, match=r"^implementation: expected one of .*, got 'cuda'$"):
         seal_page(work.raw, pools, **work.tables, implementation="cuda")
     with pytest.raises(NotImplementedError, match="triton: expected a CUDA device, got cpu"):

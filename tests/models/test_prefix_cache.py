@@ -20,9 +20,12 @@ STEP = 32
 SIZES = PoolSizes(raw_pages=16, sealed_pages=24, fine_chunks=72, sink_slots=6)
 
 
-def engine(*, prefix_cache_bytes=10**7, sizes=SIZES, shares=None, window=16):
+def engine(*, prefix_cache_bytes=10**7, sizes=SIZES, shares=None, window=16, error_feedback=None):
     config = CompressionConfig(
-        page_size=16, window_tokens=window, prefix_cache_bytes=prefix_cache_bytes
+        page_size=16,
+        window_tokens=window,
+        prefix_cache_bytes=prefix_cache_bytes,
+        error_feedback=error_feedback,
     )
     runner = Runner(
         MODEL,
@@ -165,7 +168,10 @@ def test_a_tenant_with_a_share_keeps_what_it_has():
 
 def test_a_preempted_request_gives_its_pages_back():
     tight = PoolSizes(raw_pages=8, sealed_pages=16, fine_chunks=48, sink_slots=6)
-    cached, plain = engine(sizes=tight), engine(prefix_cache_bytes=None)
+    # Steps of other shapes compute other last bits of a key, which feedback now and then makes
+    # another code of: enough for a random model to say something else.
+    cached = engine(sizes=tight, error_feedback=False)
+    plain = engine(prefix_cache_bytes=None, error_feedback=False)
     requests = [cached.submit(p, max_new_tokens=16) for p in (FIRST, SECOND, FIRST[20:])]
     cached.run()
     cached.runner.manager.verify(cached.runner.cache)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.feedback import fit_feedback
 from kvcompress_jax.kernels import dispatch
 from kvcompress_jax.paged import PoolSizes, Sealing, init_cache, seal
 from kvcompress_jax.paged.seal import IMPLEMENTATIONS, seal_xla
@@ -19,7 +20,16 @@ from tests.paged.batch import poison
 LAYERS, PAGES = 2, 5
 
 
-def make_cache(shadow_pages=0, **changes):
+def make_feedback():
+    """As of queries that mostly point one way, which differs between layers and heads."""
+    rng = np.random.default_rng(0)
+    q = 2 * rng.normal(size=(LAYERS, 2, 1, 64)) + 0.3 * rng.normal(size=(LAYERS, 2, 50, 64))
+    moment = np.einsum("lhnd,lhne->lhde", q, q) / 50
+    frequencies = np.tile(1e4 ** (-np.arange(32) / 32), (LAYERS, 1))
+    return fit_feedback(moment, np.full((LAYERS, 2, 32), 0.3), frequencies)
+
+
+def make_cache(shadow_pages=0, feedback=None, **changes):
     layout = CompressionConfig(page_size=16).layout(layers=LAYERS, kv_heads=2, head_dim=64)
     layout = dataclasses.replace(layout, **changes)
     sizes = PoolSizes(
@@ -29,7 +39,8 @@ def make_cache(shadow_pages=0, **changes):
         sink_slots=2,
         shadow_pages=shadow_pages,
     )
-    cache = poison(init_cache(layout, sizes))
+    cache = init_cache(layout, sizes, feedback=feedback)
+    cache = dataclasses.replace(poison(cache), feedback=cache.feedback)
     keys = jax.random.split(jax.random.key(0), 2)
     raw = jax.random.normal(keys[0], cache.raw.shape).at[:, :, 0, :, :, 1].mul(20.0)
     return dataclasses.replace(
@@ -86,6 +97,45 @@ def test_the_cache_is_the_same(ordered):
     assert same(got, dataclasses.replace(want, order=want.order[..., ::-1])) == "order"
     assert same(got, dataclasses.replace(want, sinks=cache.sinks)) == "sinks"
     assert same(got, dataclasses.replace(want, heat=cache.heat)) == "heat"
+
+
+def test_keys_are_fed_back_alike():
+    cache = make_cache(feedback=make_feedback())
+    sealing = dataclasses.replace(work(), first=jnp.array([0, 640, 64, 0], jnp.int32))
+    want = jax.jit(seal_xla)(cache, sealing)
+    got = jax.jit(functools.partial(seal_triton, interpret=True))(cache, sealing)
+
+    def without_keys(cache):
+        return dataclasses.replace(cache, base=cache.base.at[:, :, 0].set(0))
+
+    def keys(cache):
+        return np.delete(np.asarray(cache.base[:, :, 0]), 2, axis=1)
+
+    def differ(a, b):
+        return np.mean(keys(a) != keys(b))
+
+    assert same(without_keys(got), without_keys(want)) is None
+    # Sums of float32 may round the other way: see tests/kernels/test_seal_page.py.
+    assert differ(got, want) < 0.01
+    plain = jax.jit(seal_xla)(dataclasses.replace(cache, feedback=None), sealing)
+    assert differ(got, plain) > 0.02
+    elsewhere = jax.jit(seal_xla)(cache, work())
+    assert differ(got, elsewhere) > 0
+    # All at level 1 with every token refined: there is nothing to feed.
+    whole = make_cache(feedback=make_feedback(), fine_rows=16)
+    everywhere = dataclasses.replace(sealing, chunks=jnp.arange(8, dtype=jnp.int32).reshape(4, 2))
+    fed = jax.jit(seal_xla)(whole, everywhere)
+    plain = jax.jit(seal_xla)(dataclasses.replace(whole, feedback=None), everywhere)
+    assert differ(fed, plain) == 0
+
+
+def test_feedback_must_fit_the_layout():
+    feedback = make_feedback()
+    other = dataclasses.replace(feedback, carry=feedback.carry[:1])
+    with pytest.raises(
+        ValueError, match=r"^feedback: expected \[2, 2, 2, 32\] .*, got \[1, 2, 2, 32\]"
+    ):
+        make_cache(feedback=other)
 
 
 def test_names_never_fall_back():

@@ -37,6 +37,7 @@ def read_config(
     refused = {
         "KVCOMPRESS_PROFILE": config.profile,
         "KVCOMPRESS_LEARNED_IMPORTANCE": config.learned_importance,
+        "KVCOMPRESS_ERROR_FEEDBACK": config.error_feedback,
         "KVCOMPRESS_TELEMETRY_SHARE": config.telemetry_share,
         "KVCOMPRESS_DEMOTE_AFTER_TOKENS": config.demote_after_tokens,
         "KVCOMPRESS_DISK_PATH": config.disk_path,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvcompress_jax.feedback import KeyFeedback
 from kvcompress_jax.importance.policies.base import LayerTokens
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.rope import frequencies
@@ -33,6 +34,7 @@ class Context:
     sinks: int = dataclasses.field(metadata={"static": True})
     window: int = dataclasses.field(metadata={"static": True})
     kv_dtype: str = dataclasses.field(metadata={"static": True})
+    feedback: KeyFeedback | None = None  # of the model, for methods that feed errors back
     gathered: bool = dataclasses.field(default=False, metadata={"static": True})
     """Tokens were dropped before, so that positions are not 0, 1, ..."""
 

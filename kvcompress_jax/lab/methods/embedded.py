@@ -9,17 +9,26 @@ import numpy as np
 
 from kvcompress_jax.codec import reconstruct, refine
 from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.feedback import KeyFeedback, at_position
 from kvcompress_jax.importance.policies.base import LayerTokens, attention_mass, queries_that_see
 from kvcompress_jax.lab.methods.base import Compressed, Context
 from kvcompress_jax.paged.layout import INDEX_BYTES
-from kvcompress_jax.paged.page_code import PageCode, PageFit, code_page, fit_page
+from kvcompress_jax.paged.page_code import (
+    PageCode,
+    PageFit,
+    code_page,
+    code_rows,
+    fit_page,
+    lay_out,
+)
 from kvcompress_jax.paged.plane_bytes import unpack_planes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedded:
     """Pages of base and fine planes (design.md), as `kvcompress_jax.paged` seals them after a
-    prefill in one step. Bytes are those of the cache's layout.
+    prefill in one step. Bytes are those of the cache's layout. Where tokens were dropped before,
+    a page has no position, and keys are rounded to the nearest.
 
     Attributes:
       config: of the compression; its window and sinks give way to those of the context.
@@ -66,12 +75,25 @@ class Embedded:
                 exact.reshape(pages, page),
             )
 
-        def code(inputs: tuple[LayerTokens, PageFit]) -> tuple[jax.Array, ...]:
-            layer, fit = inputs
-            coded = jax.vmap(functools.partial(code_page, fine_rows=page))(
-                by_page(layer.k), by_page(layer.v), fit
-            )
-            return self._decode(coded, layer.index)
+        fed = self.config.feeds_errors_back and not context.gathered
+        feedback = context.feedback if fed else None
+        first = jnp.arange(pages, dtype=jnp.int32) * page
+        never = jnp.zeros((pages,), bool)
+
+        def code(
+            inputs: tuple[LayerTokens, PageFit, KeyFeedback | None],
+        ) -> tuple[jax.Array, ...]:
+            layer, fit, feedback = inputs
+            keys, values = by_page(layer.k), by_page(layer.v)
+            coded = jax.vmap(functools.partial(code_page, fine_rows=page))(keys, values, fit)
+            alone = coded  # as the base plane is where no fine plane is
+            if feedback is not None:
+                turned = jax.vmap(functools.partial(at_position, feedback))(first)
+                rows = jax.vmap(functools.partial(code_rows, fine_rows=page))(
+                    keys, values, fit, turned, never
+                )
+                alone = jax.vmap(functools.partial(lay_out, fine_rows=page))(rows, fit)
+            return self._decode(coded, alone.base, layer.index)
 
         if not pages:
             nothing = context.k[:, :0]
@@ -81,13 +103,13 @@ class Embedded:
         # Two loops: fused, what a token is worth is computed again for every comparison, not always
         # to the same bits, and the order is no permutation.
         fits = jax.lax.map(fit, layers)
-        *vectors, rank = jax.lax.map(code, (layers, fits))
+        *vectors, rank = jax.lax.map(code, (layers, fits, feedback))
         return Planes(self, (vectors[0], vectors[1]), (vectors[2], vectors[3]), rank)
 
-    def _decode(self, code: PageCode, layer: jax.Array) -> tuple[jax.Array, ...]:
-        """In token order: keys and values [pages * page_size, heads, dim] from the base plane, the
-        same from both planes, and [pages * page_size, heads] how many tokens of the page are
-        refined before this one."""
+    def _decode(self, code: PageCode, alone: jax.Array, layer: jax.Array) -> tuple[jax.Array, ...]:
+        """In token order: keys and values [pages * page_size, heads, dim] from the base plane
+        `alone`, the same from both planes of the code, and [pages * page_size, heads] how many
+        tokens of the page are refined before this one."""
         pages, heads, page = code.order.shape
         slot_of_token = jnp.argsort(code.order.astype(jnp.int32), axis=-1)
         rank = slot_of_token
@@ -97,8 +119,8 @@ class Embedded:
             rank = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1)
         dim = code.key_scale.step.shape[-1]
         base, fine = (unpack_planes(x, dim) for x in (code.base, code.fine))
-        coarse = [x.astype(jnp.float32) for x in base]
-        refined = [x + refine(y) for x, y in zip(coarse, fine, strict=True)]
+        refined = [x.astype(jnp.float32) + refine(y) for x, y in zip(base, fine, strict=True)]
+        coarse = [x.astype(jnp.float32) for x in unpack_planes(alone, dim)]
 
         def by_token(x: jax.Array) -> jax.Array:
             x = jnp.take_along_axis(x, slot_of_token[..., None], axis=-2)

@@ -116,6 +116,14 @@ _QUANTISERS: dict[str, Factory] = {
     "fp8": _fp8,
 }
 
+
+def _nearest(wanted: Wanted) -> Method | None:
+    method = _embedded(wanted)
+    if not isinstance(method, Embedded) or not method.config.feeds_errors_back:
+        return None
+    return Embedded(config=dataclasses.replace(method.config, error_feedback=False))
+
+
 _EVICTIONS: dict[str, Factory] = {
     "evict-" + name: functools.partial(_evict, policy) for name, policy in POLICIES.items()
 }
@@ -123,6 +131,7 @@ _EVICTIONS: dict[str, Factory] = {
 METHODS: dict[str, Factory] = {
     "calibrated": _calibrated,
     **_QUANTISERS,
+    "embedded-nearest": _nearest,
     "random-selection": functools.partial(
         _mixed, Embedded(config=RECIPES["balanced"], random_selection=0)
     ),
@@ -147,6 +156,7 @@ METHODS: dict[str, Factory] = {
 ALL = (
     "calibrated",
     *_QUANTISERS,
+    "embedded-nearest",
     "random-selection",
     "specification",
     "minicache",
