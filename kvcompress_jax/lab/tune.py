@@ -40,11 +40,13 @@ class Goal:
       bits: stored bits per value of the cache of one sequence, everything counted, at most; None:
         as few as the bound allows.
       length_tokens: of that sequence.
+      error_feedback: of the configurations; False for where keys are rounded to the nearest.
     """
 
     bound: QualityBound
     bits: float | None = None
     length_tokens: int = 8192
+    error_feedback: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,8 @@ class Tuner:
           ProfileError: a profile is of another model.
         """
         self.goal, self.tried = goal, []
-        for page, window in FAMILIES:
-            self._family(CompressionConfig(page_size=page, window_tokens=window))
+        for config in _families(goal):
+            self._family(config)
         for i, profile in enumerate(profiles):
             self.progress("calibrated codes", i / len(profiles))
             for window in (64, 0):
@@ -181,7 +183,7 @@ class Tuner:
         """Those that fit and keep the bound on the bench."""
         bits, bound = self.goal.bits, self.goal.bound
         if not self.tried:
-            least = min(self._bits(_layered(c, 1.0, [], 1)) for c in _families())
+            least = min(self._bits(_layered(c, 1.0, [], 1)) for c in _families(self.goal))
             raise QualityError(
                 f"bits: expected at least {least:.2f} for a sequence of {self.goal.length_tokens}"
                 f" tokens without a calibrated code, got {bits:.2f}"
@@ -316,8 +318,11 @@ def describe(config: CompressionConfig) -> str:
     return f"4 bits, {pages}"
 
 
-def _families() -> list[CompressionConfig]:
-    return [CompressionConfig(page_size=p, window_tokens=w) for p, w in FAMILIES]
+def _families(goal: Goal) -> list[CompressionConfig]:
+    return [
+        CompressionConfig(page_size=p, window_tokens=w, error_feedback=goal.error_feedback)
+        for p, w in FAMILIES
+    ]
 
 
 def _layered(

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for-vllm",
         action="store_true",
-        help="only what the vLLM plug-in can do: no calibrated code",
+        help="only what the vLLM plug-in can do: no calibrated code, keys rounded to the nearest",
     )
     parser.add_argument(
         "--check",
@@ -142,6 +142,8 @@ def run(args: argparse.Namespace) -> None:
     if args.for_vllm and (args.profile or args.calibrate):
         raise ConfigError("--for-vllm: expected no calibrated code beside it")
     checked = CompressionConfig.from_toml(args.check) if args.check else None
+    if checked is not None and args.for_vllm:
+        checked = dataclasses.replace(checked, error_feedback=False)
     bound = checked.bound if checked is not None and not bounded else None
     try:
         bound = bound or QualityBound(
@@ -248,7 +250,8 @@ def _search(
         kv_dtype=args.kv_dtype,
         progress=progress,
     )
-    goal = Goal(bound=bound, bits=bits, length_tokens=length)
+    feedback = False if args.for_vllm else None
+    goal = Goal(bound=bound, bits=bits, length_tokens=length, error_feedback=feedback)
     return tuner.tune(goal, profiles)
 
 

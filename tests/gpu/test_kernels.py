@@ -1,5 +1,6 @@
 """The kernels as a GPU runs them: what other tests interpret, compiled. Skipped without a GPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -22,7 +23,7 @@ from tests.kernels.test_attention import CASES, ROUNDING, check_kernels
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
 from tests.paged.batch import make_batch
 from tests.paged.test_attention import judge
-from tests.paged.test_seal_triton import make_cache, work
+from tests.paged.test_seal_triton import make_cache, make_feedback, work
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU")
 
@@ -88,6 +89,17 @@ def test_sealing_is_that_of_xla(ordered):
         a, b = getattr(got, field), getattr(want, field)
         assert disagreement(a.step[:, written], b.step[:, written]) is None, field
         assert disagreement(a.zero[:, written], b.zero[:, written]) is None, field
+
+
+def test_sealing_with_feedback_is_that_of_xla_but_for_last_bits():
+    cache = make_cache(feedback=make_feedback())
+    got, want = jax.jit(seal)(cache, work()), jax.jit(seal_xla)(cache, work())
+    plain = jax.jit(seal_xla)(dataclasses.replace(cache, feedback=None), work())
+    written = jnp.array([1, 3])
+    keys, values = ([np.asarray(x.base[:, written, i]) for x in (got, want, plain)] for i in (0, 1))
+    assert np.array_equal(values[0], values[1])
+    assert np.mean(keys[0] != keys[1]) < 0.01
+    assert np.mean(keys[0] != keys[2]) > 0.02
 
 
 def test_a_decoder_gives_what_it_gives_without_kernels(monkeypatch):

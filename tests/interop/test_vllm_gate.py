@@ -16,7 +16,7 @@ def test_a_tuned_configuration_serves_its_model_and_no_other(tmp_path):
     other = write_small_model(tmp_path / "other", "qwen2")
     fingerprint = load_model(model).fingerprint
     assert model_fingerprint(model) == fingerprint != model_fingerprint(other)
-    config = CompressionConfig(bound=QualityBound(kl=0.05))
+    config = CompressionConfig(bound=QualityBound(kl=0.05), error_feedback=False)
     measured = Measured(
         fingerprint=fingerprint,
         model="tiny",
@@ -36,10 +36,13 @@ def test_a_tuned_configuration_serves_its_model_and_no_other(tmp_path):
         gate.check(worse, str(model))
     gate.check(dataclasses.replace(worse, force=True), str(model))
     gate.check(CompressionConfig(), "nowhere")
+    elsewhere = dataclasses.replace(config, error_feedback=None)
+    with pytest.raises(QualityError, match="measured with error feedback, which keys inside vLLM"):
+        gate.check(elsewhere, str(model))
 
 
 def test_a_model_that_cannot_be_read_is_not_known(tmp_path, caplog):
-    config = CompressionConfig(bound=QualityBound(kl=0.05))
+    config = CompressionConfig(bound=QualityBound(kl=0.05), error_feedback=False)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(QualityError, match="nobody can tell whether it is the model that was"):

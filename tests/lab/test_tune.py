@@ -199,4 +199,5 @@ def test_a_profile_of_a_model_without_outlier_keys_ruins_one_with_them(files, tm
     assert code == 3 and "disguised.toml: kl: expected at most 0.02 nats per token, got" in error
     assert run(capsys, *harder, "--kl", 0.02, "--top1", 0.5, "--for-vllm")[0] == 0
     found = CompressionConfig.from_toml(tmp_path / "out.toml")
+    assert found.error_feedback is False  # as inside vLLM
     assert found.measured.kl < 0.02 and found.measured.model.endswith("outlier keys")

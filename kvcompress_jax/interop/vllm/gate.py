@@ -23,17 +23,25 @@ def check(config: CompressionConfig, model: str, *, revision: str | None = None)
       revision: of a name.
 
     Raises:
-      QualityError: see above, or the model's files cannot be read. With `config.force` that is a
-        warning in the log instead.
+      QualityError: see above, or the model's files cannot be read, or what was measured was
+        measured with keys that are not rounded as here. With `config.force` that is a warning in
+        the log instead.
     """
     if config.bound is None or not config.compresses:
         return
+    reason = None
+    if config.feeds_errors_back:
+        reason = (
+            "measured with error feedback, which keys inside vLLM do not have;"
+            " `kvcompress tune --for-vllm` measures without"
+        )
     try:
         found = fingerprint(model, revision)
     except ModelError as e:
         reason = f"{model}: nobody can tell whether it is the model that was measured: {e}"
+    if reason is not None:
         if not config.force:
-            raise QualityError(f"quality gate: {reason}") from None
+            raise QualityError(f"quality gate: {reason}")
         logger.warning("quality gate, forced: %s", reason)
         return
     admit(config, found)
