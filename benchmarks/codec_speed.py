@@ -60,7 +60,9 @@ def main() -> None:
         for recipe in RECIPES:
             config = CompressionConfig.recipe(recipe)
             layout = config.layout(layers=layers, kv_heads=heads, head_dim=dim)
-            times = time_pages(layout, level=config.seal_level, repeats=repeats)
+            times = time_pages(
+                layout, level=config.seal_level, fed=config.feeds_errors_back, repeats=repeats
+            )
             table.add_row(
                 name,
                 recipe,

@@ -6,6 +6,7 @@
 
 from kvcompress_jax.feedback.code import (
     HEAD_AXIS,
+    RANK,
     KeyFeedback,
     PageFeedback,
     at_position,
@@ -16,6 +17,7 @@ from kvcompress_jax.feedback.fit import fit_feedback
 
 __all__ = [
     "HEAD_AXIS",
+    "RANK",
     "KeyFeedback",
     "PageFeedback",
     "at_position",

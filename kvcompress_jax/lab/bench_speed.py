@@ -78,7 +78,9 @@ def bench_speed(console: Console, *, tokens: int, repeats: int, quick: bool) -> 
             for recipe in RECIPES:
                 config = CompressionConfig.recipe(recipe)
                 layout = config.layout(layers=layers, kv_heads=kv_heads, head_dim=dim)
-                times = time_pages(layout, level=config.seal_level, repeats=repeats)
+                times = time_pages(
+                    layout, level=config.seal_level, fed=config.feeds_errors_back, repeats=repeats
+                )
                 attended = _attend(
                     config, config.seal_level, (heads, kv_heads, dim), tokens, repeats
                 )

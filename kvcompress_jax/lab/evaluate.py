@@ -147,7 +147,12 @@ class Evaluator:
         self.progress("timing")
         times = None
         if stats["effective_bits"] is not None:
-            times = time_pages(runner.layout, level=config.sealed_level, code=runner.cache.code)
+            times = time_pages(
+                runner.layout,
+                level=config.sealed_level,
+                code=runner.cache.code,
+                fed=config.feeds_errors_back,
+            )
         return Evaluation(
             effective_bits=stats["effective_bits"] or float(8 * runner.layout.jax_dtype.itemsize),
             cache_bits=stats["cache_bits"] or math.nan,

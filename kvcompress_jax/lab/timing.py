@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvcompress_jax.calibrated.code import CalibratedCode
+from kvcompress_jax.feedback import RANK, KeyFeedback
 from kvcompress_jax.paged import (
     CacheLayout,
     PagedCache,
@@ -34,7 +35,12 @@ class PageTimes:
 
 
 def time_pages(
-    layout: CacheLayout, *, level: int, code: CalibratedCode | None = None, repeats: int = 5
+    layout: CacheLayout,
+    *,
+    level: int,
+    code: CalibratedCode | None = None,
+    fed: bool = False,
+    repeats: int = 5,
 ) -> PageTimes:
     """Times `seal` and `decode_pages` on random pages.
 
@@ -42,6 +48,7 @@ def time_pages(
       layout: of the cache.
       level: 1, 2 or 3.
       code: of level 3.
+      fed: whether keys are rounded with error feedback.
       repeats: timed runs, after one that is not.
     """
     fine = level == 1 and layout.fine_rows > 0
@@ -51,7 +58,7 @@ def time_pages(
         fine_chunks=PAGES * layout.layers if fine else 0,
         sink_slots=0,
     )
-    cache = init_cache(layout, sizes, code)
+    cache = init_cache(layout, sizes, code, feedback=_no_feedback(layout) if fed else None)
     numbers = np.random.default_rng(0).standard_normal(cache.raw.shape, np.float32)
     cache = dataclasses.replace(cache, raw=jnp.asarray(numbers.astype(cache.raw.dtype)))
     chunk = jnp.arange(PAGES * layout.layers, dtype=jnp.int32).reshape(PAGES, layout.layers)
@@ -75,6 +82,13 @@ def time_pages(
     decompress_seconds = median_seconds(lambda: jax.block_until_ready(opener(cache)), repeats)
     per_1k = 1e6 / (PAGES * layout.page_size)
     return PageTimes(compress_seconds * per_1k, decompress_seconds * per_1k)
+
+
+def _no_feedback(layout: CacheLayout) -> KeyFeedback:
+    """Feedback of nothing, which takes as long as that of something."""
+    half = layout.head_dim // 2
+    nothing = jnp.zeros((layout.layers, layout.kv_heads, 2, half, RANK), jnp.float32)
+    return KeyFeedback(carry=nothing, answer=nothing, frequencies=jnp.ones((layout.layers, half)))
 
 
 def _decode_all(cache: PagedCache, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -192,8 +192,7 @@ def code_rows(
         token = jnp.arange(keys.shape[1], dtype=jnp.int32)
         covered = jnp.any(order[:, :fine_rows, None] == token[None, None, :], axis=1)
         coarse = ~covered if refines is None else ~(covered & refines)
-        base, fine = encode_with_feedback(keys, fit.key_scale, coarse, feedback)
-        key_codes = (base << jnp.uint8(4)) | (fine if fine_rows else jnp.uint8(0))
+        key_codes = encode_with_feedback(keys, fit.key_scale, coarse, feedback)
     return PageRows(
         keys=key_codes,
         values=encoded(values, fit.value_scale, -1),

@@ -63,7 +63,11 @@ def one_layer(feedback, position=0):
     return jax.tree.map(lambda x: x[0], turned)
 
 
-_encode = jax.jit(encode_with_feedback)
+@jax.jit
+def _encode(x, scale, coarse, feedback):
+    """Base and fine."""
+    code = encode_with_feedback(x, scale, coarse, feedback)
+    return code >> jnp.uint8(4), code & jnp.uint8(15)
 
 
 def as_defined(x, scale, coarse, feedback):
