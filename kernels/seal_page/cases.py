@@ -123,7 +123,8 @@ def _example(
     if fed:
         # As large as measured ones: what a channel owes is a part of its step (0.3 here).
         shape = (n, LAYERS, HEADS, 2, RANK, dim)
-        arguments += (jax.random.normal(key, shape) * jnp.array([1.0, 0.1])[:, None, None],)
+        sizes = jnp.array([1.0, 0.1])[None, None, None, :, None, None]
+        arguments += (jax.random.normal(key, shape) * sizes,)
     return arguments
 
 
