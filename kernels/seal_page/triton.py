@@ -150,7 +150,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         def keys(turn, state):
             bad, debts = state
             piece = pieces - 1 - turn  # errors are fed from the last channels to the first
-            numbers, scales, codes, place = load(0, piece), [], [], piece * channels
+            numbers, scales, place = load(0, piece), [], piece * channels
             for j, x in enumerate(numbers):
                 lo = jnp.min(jnp.where(counted[:, None], x, jnp.inf), axis=0)
                 hi = jnp.max(jnp.where(counted[:, None], x, -jnp.inf), axis=0)
@@ -159,9 +159,10 @@ def _kernel(  # type: ignore[no-untyped-def]
                 key_step[layer, into, head, channel] = step
                 key_zero[layer, into, head, channel] = zero
                 scales.append((step[None, :], zero[None, :]))
-                codes.append(embedded.encode(x, *scales[-1]))
                 bad = bad + _not_finite(x)
-            if feedback is not None:
+            if feedback is None:
+                codes = [embedded.encode(x, *s) for x, s in zip(numbers, scales, strict=True)]
+            else:
                 here = [
                     [
                         [
@@ -172,7 +173,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                     ]
                     for kind in range(2)
                 ]
-                codes, debts = _feed(numbers, scales, codes, debts, ~refined, here, pairs)
+                codes, debts = _feed(numbers, scales, debts, ~refined, here, pairs)
             store(0, piece, *codes)
             return bad, debts
 
@@ -202,14 +203,13 @@ def _kernel(  # type: ignore[no-untyped-def]
         lax.fori_loop(0, pieces, values, 0)
 
 
-def _feed(numbers, scales, codes, debts, coarse, feedback, pairs):  # type: ignore[no-untyped-def]
-    """Rounds the coarse tokens of a piece again, block after block, so that a block undoes what the
-    errors of those before did; see `embedded.fed`.
+def _feed(numbers, scales, debts, coarse, feedback, pairs):  # type: ignore[no-untyped-def]
+    """Codes of a piece, block after block, so that in coarse tokens a block undoes what the errors
+    of those before did; see `embedded.fed`.
 
     Args:
       numbers: both halves, f32[page_size, channels] each.
       scales: of both halves, step and zero [1, channels] each.
-      codes: of both halves, base and fine, rounded to the nearest.
       debts: f32[page_size] for each direction: what earlier errors add up to.
       coarse: bool[page_size].
       feedback: carry and answer, of both halves, of each direction, f32[channels].
@@ -239,7 +239,9 @@ def _feed(numbers, scales, codes, debts, coarse, feedback, pairs):  # type: igno
             after.append(tuple(jnp.where(inside, n, o) for n, o in zip(new, codes[j], strict=True)))
         return tuple(after), tuple(owed)
 
-    return lax.fori_loop(0, channels // pairs, body, (tuple(codes), debts))
+    nothing = jnp.zeros(numbers[0].shape, jnp.int32)
+    codes = ((nothing, nothing), (nothing, nothing))
+    return lax.fori_loop(0, channels // pairs, body, (codes, debts))
 
 
 def _order(worth, i, layer, head, page_size):  # type: ignore[no-untyped-def]

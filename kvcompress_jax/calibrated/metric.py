@@ -18,6 +18,7 @@ from jax import lax
 
 from kvcompress_jax.models.config import DecoderConfig
 from kvcompress_jax.models.dense import AttentionInputs
+from kvcompress_jax.models.rope import turn_back
 from kvcompress_jax.paged.host_arrays import HostArray
 
 QUERIES = 256  # positions times heads of a group, per KV head and sample
@@ -77,7 +78,7 @@ def layer_statistics(
         return moment / count
 
     metric = lax.map(one_head, jnp.arange(heads, dtype=jnp.int32))
-    before = _before_rope(k, frequency)
+    before = turn_back(k, frequency)
     return LayerStatistics(
         keys=before.transpose(1, 0, 2)[:, skip:],
         values=v.transpose(1, 0, 2)[:, skip:],
@@ -104,12 +105,3 @@ def _turned_moment(queries: jax.Array, weight: jax.Array, frequency: jax.Array) 
 
     dim = queries.shape[1]
     return lax.fori_loop(0, blocks, body, jnp.zeros((dim, dim), jnp.float32))
-
-
-def _before_rope(k: jax.Array, frequency: jax.Array) -> jax.Array:
-    """Keys [tokens, heads, dim] of positions 0 and on, turned back."""
-    position = jnp.arange(k.shape[0], dtype=jnp.int32).astype(jnp.float32)
-    angle = position[:, None, None] * frequency[None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(k, 2, axis=-1)
-    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)

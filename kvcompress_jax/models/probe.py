@@ -20,7 +20,7 @@ from kvcompress_jax.models.decoder import decode
 from kvcompress_jax.models.default_text import default_text
 from kvcompress_jax.models.dense import dense_attention
 from kvcompress_jax.models.params import DecoderParams
-from kvcompress_jax.models.rope import layer_frequencies
+from kvcompress_jax.models.rope import layer_frequencies, turn_back
 from kvcompress_jax.models.tokenizer import Tokenizer
 
 SAMPLES = 4  # from all over the text
@@ -91,10 +91,7 @@ def _moments(params: DecoderParams, tokens: jax.Array, *, config: DecoderConfig)
             window=window,
             soft_cap=config.soft_cap,
         )[0]
-        angle = position.astype(jnp.float32)[:, None, None] * frequencies[layer][None, None]
-        low, high = jnp.split(q.astype(jnp.float32), 2, axis=-1)
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        back = jnp.concatenate([low * cos + high * sin, high * cos - low * sin], axis=-1)
+        back = turn_back(q.astype(jnp.float32), frequencies[layer])
         back = back[min(SKIPPED, n // 2) :].reshape(-1, heads, config.num_heads // heads, dim)
         moment = jnp.einsum("nhgd,nhge->hde", back, back, precision=jax.lax.Precision.HIGHEST) / (
             back.shape[0] * back.shape[2]

@@ -78,3 +78,18 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
     cos, sin = table[0][:, None, :], table[1][:, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def turn_back(x: jax.Array, frequency: jax.Array) -> jax.Array:
+    """What `rotate` got for the tokens of positions 0 and on.
+
+    Args:
+      x: [tokens, heads, dim].
+      frequency: f32[dim / 2], angles per position.
+
+    Returns:
+      Like `x`; computed in float32.
+    """
+    position = jnp.arange(x.shape[0], dtype=jnp.int32).astype(jnp.float32)
+    angles = position[:, None] * frequency[None, :]
+    return rotate(x, jnp.stack([jnp.cos(angles), -jnp.sin(angles)]))

@@ -68,6 +68,8 @@ class Runner:
             was never seen to keep.
         """
         admit(config, model.fingerprint)
+        # Of the model as it was given, which knows it already if there was a runner before.
+        self._feedback = model.key_feedback if config.feeds_errors_back else None
         self.sharding = sharding
         if sharding is not None:
             params = shard_params(sharding, model.config, model.params)
@@ -78,7 +80,6 @@ class Runner:
         self.max_sequences = max_sequences
         self.layout = cache_layout(model.config, config, kv_dtype, profile)
         learned = learned_score(model, config)
-        feedback = model.key_feedback if config.feeds_errors_back else None
         sizes = dataclasses.replace(
             sizes, learned_bytes=sum(x.nbytes for x in jax.tree.leaves(learned))
         )
@@ -86,7 +87,6 @@ class Runner:
         self.tenant_shares = tenant_shares
         self._code = None if profile is None else profile.code(layer_frequencies(model.config))
         self._learned = learned
-        self._feedback = feedback
         self.disk = open_disk_tier(config, self.layout, model_fingerprint=model.fingerprint)
         self.manager, self.cache = self._new_cache(first_sequence_id=0)
 

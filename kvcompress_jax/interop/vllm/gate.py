@@ -29,22 +29,19 @@ def check(config: CompressionConfig, model: str, *, revision: str | None = None)
     """
     if config.bound is None or not config.compresses:
         return
-    reason = None
     if config.feeds_errors_back:
         reason = (
             "measured with error feedback, which keys inside vLLM do not have;"
             " `kvcompress tune --for-vllm` measures without"
         )
-    try:
-        found = fingerprint(model, revision)
-    except ModelError as e:
-        reason = f"{model}: nobody can tell whether it is the model that was measured: {e}"
-    if reason is not None:
-        if not config.force:
-            raise QualityError(f"quality gate: {reason}")
-        logger.warning("quality gate, forced: %s", reason)
-        return
-    admit(config, found)
+    else:
+        try:
+            return admit(config, fingerprint(model, revision))
+        except ModelError as e:
+            reason = f"{model}: nobody can tell whether it is the model that was measured: {e}"
+    if not config.force:
+        raise QualityError(f"quality gate: {reason}")
+    logger.warning("quality gate, forced: %s", reason)
 
 
 @functools.lru_cache(maxsize=4)
