@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found[f"{name}, ratio {ratio}"] = [[part.kl(at) for part in row] for row in parts]
         console.print(name, style="dim")
 
-    plain = CompressionConfig()
+    plain = CompressionConfig.recipe("mixed")
     for name in args.magnitudes:
         ratios = args.ratios if name == plain.magnitude else args.ratios[:1]
         measure(name, dataclasses.replace(plain, magnitude=name), ratios)

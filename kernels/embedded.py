@@ -1,9 +1,8 @@
 """The embedded code, value by value: the formulas that references and kernels share.
 
-    position = x / step - zero                          in steps, 0..15
-    base     = floor(position + 1/2)                    0..15
-    fine     = floor(16 * (position - base)) + 8        0..15, clipped
-    x'       = (base + (fine - 7.5) / 16 + zero) * step, or (base + zero) * step without fine
+    n    = floor(cells * (x / step - zero) + 1/2)    16 cells to a step, 4, or 1 without a fine code
+    code = 16 / cells * (n + cells // 2)             0..255, clipped; base = code // 16
+    x'   = ((code - 8) / 16 + zero) * step           or (base + zero) * step without a fine code
 
 They are those of `kvcompress_jax.codec`, to the bit: kernels import nothing of the package, so a
 test compares the two. Everything here is elementwise and lowers to Triton as it is.
@@ -36,37 +35,51 @@ def fit(lo: jax.Array, hi: jax.Array) -> tuple[jax.Array, jax.Array]:
     return step.astype(jnp.bfloat16), zero.astype(jnp.float16)
 
 
-def encode(x: jax.Array, step: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes of f32[...] against scales that broadcast to it: base and fine, i32[...] 0..15."""
+def encode(x: jax.Array, step: jax.Array, zero: jax.Array, cells: jax.Array) -> jax.Array:
+    """Codes of f32[...] against scales that broadcast to it: i32[...] 0..255, the base codes in the
+    upper nibble. `cells` to a step: f32, broadcastable to x, of 16, 4 or 1."""
     step, zero = step.astype(jnp.float32), zero.astype(jnp.float32)
     position = x / jnp.where(step > 0, step, 1.0) - zero
-    base = jnp.clip(jnp.floor(position + 0.5), 0.0, CODES - 1.0)
-    fine = jnp.clip(jnp.floor(16.0 * (position - base)) + 8.0, 0.0, 15.0)
-    return base.astype(jnp.int32), fine.astype(jnp.int32)
+    width = 16.0 / cells
+    code = (jnp.floor(cells * position + 0.5) + jnp.floor(cells / 2)) * width
+    return jnp.clip(code, 0.0, 256.0 - width).astype(jnp.int32)
 
 
 def fed(
     x: jax.Array,
     scale: tuple[jax.Array, jax.Array],
     debts: list[tuple[jax.Array, jax.Array]],
-    coarse: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Codes of f32[...], where `coarse` holds to the code that undoes earlier errors best.
+    cells: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The codes of f32[...] that undo earlier errors best.
 
     Args:
       x: f32[...].
       scale: step and zero, that broadcast to x.
       debts: what earlier errors add up to in each direction, and what x owes per unit of it; their
         product broadcasts to x.
-      coarse: bool, broadcastable to x; elsewhere codes are the nearest.
+      cells: f32, broadcastable to x, as in `encode`.
 
     Returns:
-      As `encode`, and f32[...], by how much the base codes miss x.
+      As `encode`, and f32[...], by how much the codes miss x.
     """
     shift = sum((debt * owed for debt, owed in debts), jnp.zeros((), jnp.float32))
-    owes = coarse & (jnp.abs(shift) < jnp.inf)  # what overflows is not owed
-    codes = encode(jnp.where(owes, x - shift, x), *scale)
-    return codes, decode(codes[0], None, *scale) - x
+    # What overflows is not owed.
+    codes = encode(jnp.where(jnp.abs(shift) < jnp.inf, x - shift, x), *scale, cells)
+    above = jnp.where(cells > 1, 8, 0).astype(jnp.float32)
+    step, zero = (s.astype(jnp.float32) for s in scale)
+    return codes, ((codes.astype(jnp.float32) - above) / 16.0 + zero) * step - x
+
+
+def split(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes i32[...] 0..255 to base and fine codes."""
+    return codes >> 4, codes & 15
+
+
+def of_slot(packed: jax.Array, slot: jax.Array, fine_rows: int) -> jax.Array:
+    """Of packed fine codes, u8[...], in rows that two slots share: those of `slot`, i32,
+    broadcastable to them."""
+    return jnp.where(slot < fine_rows, packed << jnp.uint8(2), packed) & jnp.uint8(0xCC)
 
 
 def decode(base: jax.Array, fine: jax.Array | None, step: jax.Array, zero: jax.Array) -> jax.Array:
@@ -79,7 +92,7 @@ def decode(base: jax.Array, fine: jax.Array | None, step: jax.Array, zero: jax.A
 
 def refine(fine: jax.Array) -> jax.Array:
     """What a fine code adds, in steps: i32[...] 0..15 to f32[...]."""
-    return (fine.astype(jnp.float32) - 7.5) / 16.0
+    return (fine.astype(jnp.float32) - 8.0) / 16.0
 
 
 def pack(low: jax.Array, high: jax.Array) -> jax.Array:

@@ -13,7 +13,8 @@ class CodePools:
 
     The planes hold, for each head, keys [rows, dim/2] and values transposed [dim/2, rows], where
     rows is page_size or fine_rows; byte j of the channel axis holds channel j in its low nibble
-    and channel j + dim/2 in the high one.
+    and channel j + dim/2 in the high one. With two fine bits, a nibble of row i holds those of slot
+    i, and above them those of slot fine_rows + i.
     """
 
     base: jax.Array  # u8[layers, pages, 2, heads, page_size * dim/2]
@@ -23,6 +24,8 @@ class CodePools:
     value_step: jax.Array  # bf16[layers, pages, heads, page_size]
     value_zero: jax.Array  # f16[layers, pages, heads, page_size]
     order: jax.Array  # u8[layers, pages, heads, page_size]: the token of each slot
+    # 4: the first fine_rows slots are refined; 2: twice as many, which are all.
+    fine_bits: int = dataclasses.field(default=4, metadata={"static": True})
 
     @property
     def dim(self) -> int:
@@ -34,12 +37,30 @@ class CodePools:
 
     @property
     def fine_rows(self) -> int:
-        """Slots that a fine chunk refines; 0 where there are no chunks."""
+        """Rows of a fine chunk; 0 where there are no chunks."""
         return self.fine.shape[-1] // (self.dim // 2) if self.fine.shape[0] else 0
+
+    @property
+    def refined_slots(self) -> int:
+        """Slots that a fine chunk refines."""
+        return self.fine_rows * 4 // self.fine_bits
+
+    @property
+    def cells(self) -> float:
+        """Points to a step of codes with a fine part, see `kernels.embedded`; 1 without chunks."""
+        return 2.0**self.fine_bits if self.fine_rows else 1.0
 
 
 def init_pools(
-    *, layers: int, pages: int, chunks: int, heads: int, page_size: int, dim: int, fine_rows: int
+    *,
+    layers: int,
+    pages: int,
+    chunks: int,
+    heads: int,
+    page_size: int,
+    dim: int,
+    fine_rows: int,
+    fine_bits: int = 4,
 ) -> CodePools:
     """Pools of zeros."""
 
@@ -54,6 +75,7 @@ def init_pools(
         value_step=scale(page_size, jnp.bfloat16),
         value_zero=scale(page_size, jnp.float16),
         order=scale(page_size, jnp.uint8),
+        fine_bits=fine_bits,
     )
 
 

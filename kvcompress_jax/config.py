@@ -25,8 +25,12 @@ class CompressionConfig:
       enabled: False keeps every page at level 0.
       levels: storage levels in use: 1 = {0}, 2 = {0, 1}, 3 = {0, 1, 2}. With two levels there is
         nothing below INT8, so every token of a sealed page has 8 bits.
-      ratio: share of a page's tokens, the most important ones of each head, that has 8 bits at
-        level 1; the others have 4. In (0, 1].
+      ratio: share of the fine plane's bytes that a page has at level 1, in (0, 1].
+      fine_bits: how they are spent. 4: on the share `ratio` of a page's tokens, the most important
+        ones of each head, which have 8 bits; the others have 4. 2: on all tokens alike, which have
+        6 bits; that needs `ratio` to be 0.5 and three levels. None: 2 where that can be and nothing
+        else asks for an order of the tokens (other `weights`, `magnitude` or `attention` than the
+        default, `learned_importance`), else 4.
       page_size: tokens of a page: 16, 32, 64, 128 or 256.
       window_tokens: this many newest tokens of a sequence stay at level 0.
       sink_tokens: this many first tokens of a sequence stay exact.
@@ -68,6 +72,7 @@ class CompressionConfig:
     enabled: bool = True
     levels: int = 3
     ratio: float = 0.5
+    fine_bits: int | None = None
     page_size: int = 64
     window_tokens: int = 64
     sink_tokens: int = 4
@@ -95,6 +100,14 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         _check(self.levels in (1, 2, 3), "levels", "1, 2 or 3", self.levels)
         _check(0 < self.ratio <= 1, "ratio", "more than 0 and at most 1", self.ratio)
+        bits = self.fine_bits
+        _check(bits in (None, 2, 4), "fine_bits", "2, 4 or None", bits)
+        _check(
+            bits != 2 or self._can_spread,
+            "fine_bits",
+            "4 unless ratio=0.5 with levels=3 and nothing that orders tokens",
+            f"2 with ratio={self.ratio}, levels={self.levels}",
+        )
         _check(self.page_size in PAGE_SIZES, "page_size", f"one of {PAGE_SIZES}", self.page_size)
         _check(self.window_tokens >= 0, "window_tokens", "at least 0", self.window_tokens)
         _check(
@@ -182,7 +195,8 @@ class CompressionConfig:
         `KVCOMPRESS_CONFIG` names a TOML file to start from (`from_toml`), or `KVCOMPRESS_RECIPE` a
         recipe (default: balanced). Then come
         `VLLM_ENABLE_KV_COMPRESSION` (default 1), `VLLM_KV_COMPRESSION_RATIO` (0.5),
-        `VLLM_KV_COMPRESSION_LEVELS` (3), `KVCOMPRESS_PAGE_SIZE`, `KVCOMPRESS_WINDOW_TOKENS`,
+        `VLLM_KV_COMPRESSION_LEVELS` (3), `KVCOMPRESS_FINE_BITS`, `KVCOMPRESS_PAGE_SIZE`,
+        `KVCOMPRESS_WINDOW_TOKENS`,
         `KVCOMPRESS_SINK_TOKENS`, `KVCOMPRESS_SEAL_LEVEL`, `KVCOMPRESS_DEMOTE_AFTER_TOKENS`,
         `KVCOMPRESS_HOST_BYTES`, `KVCOMPRESS_DISK_BYTES`, `KVCOMPRESS_DISK_PATH`,
         `KVCOMPRESS_PREFIX_CACHE_BYTES`, `KVCOMPRESS_PROFILE`, `KVCOMPRESS_LEARNED_IMPORTANCE`,
@@ -300,8 +314,22 @@ class CompressionConfig:
         return self.telemetry_pages if self.compresses and self.telemetry_share else 0
 
     @property
+    def _can_spread(self) -> bool:
+        """Whether level 1 can be the same for all tokens of a page, and no setting of their order
+        would be for nothing."""
+        plain = all(getattr(self, name) == getattr(type(self), name) for name in _ORDERING)
+        return self.ratio == 0.5 and self.levels == 3 and plain
+
+    @property
+    def refining_bits(self) -> int:
+        """By which level 1 refines a token: 4 or 2, what `fine_bits` comes to."""
+        if self.fine_bits is not None:
+            return self.fine_bits
+        return 2 if self._can_spread else 4
+
+    @property
     def fine_rows(self) -> int:
-        """Tokens of a page, per head, that have 8 bits at level 1."""
+        """Rows of the fine plane of a page, per head: tokens with 8 bits, or pairs with 6."""
         if not self.compresses or self.profile is not None:
             return 0
         return self.refined_tokens(self.page_size)
@@ -319,7 +347,8 @@ class CompressionConfig:
         )
 
     def refined_tokens(self, tokens: int) -> int:
-        """How many of `tokens` have 8 bits at level 1: the most important ones."""
+        """How many of `tokens` have 8 bits at level 1, where some have more than others: the most
+        important ones."""
         return tokens if self.levels == 2 else max(1, round(self.ratio * tokens))
 
     def layout(
@@ -340,6 +369,7 @@ class CompressionConfig:
             page_size=self.page_size,
             dtype=dtype,
             fine_rows=self.fine_rows,
+            fine_bits=self.refining_bits if self.fine_rows else 4,
             sink_tokens=self.sink_tokens if self.compresses else 0,
             importance=self.importance,
             statistics=self.tracks_attention,
@@ -356,6 +386,7 @@ def _with_field(config: CompressionConfig, field: str, value: object) -> Compres
     changes: dict[str, Any] = {field: value}
     if field == "levels" and value != 3:  # what only three levels can do gives way
         changes |= {"seal_level": 1, "demote_after_tokens": None}
+        changes |= {"fine_bits": None if config.fine_bits == 2 else config.fine_bits}
     return dataclasses.replace(config, **changes)
 
 
@@ -401,6 +432,7 @@ _VARIABLES = (
     ("VLLM_ENABLE_KV_COMPRESSION", "enabled", _flag),
     ("VLLM_KV_COMPRESSION_RATIO", "ratio", _number),
     ("VLLM_KV_COMPRESSION_LEVELS", "levels", _whole),
+    ("KVCOMPRESS_FINE_BITS", "fine_bits", _whole),
     ("KVCOMPRESS_PAGE_SIZE", "page_size", _whole),
     ("KVCOMPRESS_WINDOW_TOKENS", "window_tokens", _whole),
     ("KVCOMPRESS_SINK_TOKENS", "sink_tokens", _whole),
@@ -417,11 +449,14 @@ _VARIABLES = (
     ("KVCOMPRESS_FORCE", "force", _flag),
 )
 
+# What says in which order the tokens of a page are refined.
+_ORDERING = ("weights", "magnitude", "attention", "learned_importance")
 FILES = ("profile", "learned_importance")  # fields that name a file
 _TABLES = {"weights": ImportanceWeights, "bound": QualityBound, "measured": Measured}
 # Of fields whose default is None.
 _TYPES = {
     "demote_after_tokens": int,
+    "fine_bits": int,
     "disk_path": str,
     "prefix_cache_bytes": int,
     "profile": str,
@@ -432,6 +467,7 @@ _TYPES = {
 RECIPES = {
     "safe": CompressionConfig(levels=2),
     "balanced": CompressionConfig(),
+    "mixed": CompressionConfig(fine_bits=4),
     "compact": CompressionConfig(seal_level=2),
     "extreme": CompressionConfig(seal_level=2, page_size=128, window_tokens=0),
 }

@@ -28,6 +28,33 @@ def test_the_owners_variables():
     assert config.fine_rows == 0
 
 
+def test_level_1_is_even_unless_something_asks_for_an_order():
+    assert CompressionConfig().refining_bits == 2
+    assert CompressionConfig().layout(layers=1, kv_heads=1, head_dim=2).refined_slots == 64
+    for other in (
+        {"fine_bits": 4},
+        {"ratio": 0.25},
+        {"levels": 2},
+        {"magnitude": "key_norm"},
+        {"attention": "sum"},
+        {"weights": ImportanceWeights(magnitude=1.0, learned=0.0, attention=0.0)},
+        {"learned_importance": "file"},
+    ):
+        config = CompressionConfig(**other)
+        assert config.refining_bits == 4
+        assert config.layout(layers=1, kv_heads=1, head_dim=2).fine_bits == 4
+        if "fine_bits" not in other:
+            with pytest.raises(ConfigError, match=r"fine_bits: expected 4 unless ratio=0\.5 with"):
+                CompressionConfig(**other, fine_bits=2)
+    with pytest.raises(ConfigError, match="fine_bits: expected 2, 4 or None, got 3"):
+        CompressionConfig(fine_bits=3)
+    assert CompressionConfig.from_env({"KVCOMPRESS_FINE_BITS": "4"}).fine_bits == 4
+    # Two levels have 8 bits for all: nothing to be even about.
+    environ = {"KVCOMPRESS_FINE_BITS": "2", "VLLM_KV_COMPRESSION_LEVELS": "2"}
+    with pytest.raises(ConfigError, match=r"KVCOMPRESS_FINE_BITS: expected 4 unless"):
+        CompressionConfig.from_env(environ)
+
+
 def test_explicit_arguments_win_over_the_environment():
     environ = {"VLLM_KV_COMPRESSION_RATIO": "0.25", "KVCOMPRESS_RECIPE": "compact"}
     config = CompressionConfig.from_env(environ, overrides={"ratio": 0.75})
@@ -77,7 +104,7 @@ def test_fine_rows(ratio, page_size):
         (
             "KVCOMPRESS_RECIPE",
             "best",
-            "expected one of safe, balanced, compact, extreme, got 'best'",
+            "expected one of safe, balanced, mixed, compact, extreme, got 'best'",
         ),
         ("KVCOMPRESS_PAGESIZE", "64", "no such variable, expected one of"),
         ("KVCOMPRESS_SINK_TOKENS", "64", r"expected 0 to 63 \(page_size - 1\), got 64"),

@@ -47,8 +47,9 @@ def gate_cases() -> list[Case]:
     ):
         for shape in read_tuning(HERE / op / "tuned" / "default.json"):
             page_size, dim = map(int, shape.split("x"))
-            sizes = (page_size, dim, page_size // 2, group, "bfloat16", "")
-            case = make_case(*sizes, queries=queries, op=op)
-            case = dataclasses.replace(case, most_spilled=SPILLS.get(case.name, 0))
-            found.setdefault(case.name, case)
+            for options in ("", "even"):
+                sizes = (page_size, dim, page_size // 2, group, "bfloat16", options)
+                case = make_case(*sizes, queries=queries, op=op)
+                case = dataclasses.replace(case, most_spilled=SPILLS.get(case.name, 0))
+                found.setdefault(case.name, case)
     return sorted(found.values(), key=lambda case: case.name)

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 from rich.console import Console
 
-from benchmarks.gpu.roofline import FINE_ROWS, LEVELS, PAGE_SIZE, SHAPES, Shape, page_bytes
+from benchmarks.gpu.roofline import (
+    EVEN,
+    FINE_ROWS,
+    LEVELS,
+    PAGE_SIZE,
+    SHAPES,
+    Shape,
+    page_bytes,
+)
 from kvcompress_jax.lab.agreement import disagreement
 from kvcompress_jax.lab.attention_timing import attention_step, random_cache, random_queries
 from kvcompress_jax.lab.case_timing import REPEATS
@@ -22,6 +30,7 @@ ROUNDS = 8  # over all of them in a program, so that starting it hardly counts
 BATCHES = ((1, 32768), (8, 32768), (32, 8192))
 # What JAX has for an uncompressed cache that lies in one piece.
 CONTIGUOUS = "contiguous, cuDNN"
+TIMED = (*LEVELS, EVEN)
 RELATIVE_FROM = 0.5  # a mean of values errs by a share of the greatest of them
 
 
@@ -29,7 +38,7 @@ def check_attention(console: Console) -> bool:
     """Compares every implementation of attention with XLA's; returns whether any is wrong."""
     wrong = False
     for shape in SHAPES:
-        for level in LEVELS:
+        for level in TIMED:
             layout, number = level_layout(shape, level, layers=1)
             cache, table = random_cache(layout, level=number, sequences=2, tokens=512)
             q = random_queries(layout, sequences=2, heads=shape.heads)
@@ -62,7 +71,7 @@ def time_attention(console: Console, copied: float, *, quick: bool) -> list[dict
         programs = {
             (batch, level, name): _program(shape, batch, level, name)
             for batch in batches
-            for level in LEVELS
+            for level in TIMED
             for name in IMPLEMENTATIONS
         }
         programs |= {(batch, "raw", CONTIGUOUS): _contiguous(shape, batch) for batch in batches}
@@ -73,7 +82,7 @@ def time_attention(console: Console, copied: float, *, quick: bool) -> list[dict
                 console.print(f"not timed: {shape.name} {batch} {level} {name}: {program.error}")
         for batch in batches:
             seconds = {}
-            for level in LEVELS:
+            for level in TIMED:
                 mine = {
                     name: program
                     for (other, at, name), program in programs.items()
@@ -108,6 +117,7 @@ def level_layout(shape: Shape, level: str, *, layers: int) -> tuple[CacheLayout,
         head_dim=shape.dim,
         page_size=PAGE_SIZE,
         fine_rows=FINE_ROWS.get(level, 0),
+        fine_bits=2 if level == EVEN else 4,
         sink_tokens=0,
     )
     return layout, 0 if level == "raw" else (1 if layout.fine_rows else 2)

@@ -18,7 +18,8 @@ LEVELS = {
     "mixed": "8 bits for half of the tokens of each page, 4 for the others",
     "level 2": "4 bits for all tokens",
 }
-FINE_ROWS = {"level 1": PAGE_SIZE, "mixed": PAGE_SIZE // 2, "level 2": 0}
+EVEN = "even"  # 6 bits for all tokens, in as many bytes as mixed
+FINE_ROWS = {"level 1": PAGE_SIZE, "mixed": PAGE_SIZE // 2, EVEN: PAGE_SIZE // 2, "level 2": 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ ATTENTION_HEAD = """
 One layer of a decode step, all that `attend` does; 32 follow each other in one program, over four
 layers of a cache. *raw / this* is attention to an uncompressed paged cache by the same
 implementation, *XLA / this* the plain XLA path at the same level. *Level 1* has 8 bits for all
-tokens, *mixed* for half of them and 4 bits for the others, *level 2* 4 bits for all.
+tokens, *mixed* for half of them and 4 bits for the others, *even* 6 for all in the same bytes,
+*level 2* 4 bits for all.
 """
 
 

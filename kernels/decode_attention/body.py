@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kvcompress_jax.kernels import embedded
 from kvcompress_jax.kernels.decode_attention.columns import (
     Columns,
     along_channels,
@@ -52,6 +53,7 @@ class Plan:
     page_size: int
     half: int  # of dim
     fine_rows: int
+    fine_bits: int
     sink_tokens: int
     queries: int
     group: int  # query heads of a KV head
@@ -64,6 +66,11 @@ class Plan:
     sealed: bool  # whether there are sealed pages at all
     interpret: bool
     widest: int  # channels of a piece, at most
+
+    @property
+    def refined_slots(self) -> int:
+        """Slots that a fine chunk refines."""
+        return self.fine_rows * 4 // self.fine_bits
 
     @property
     def tiles(self) -> int:
@@ -167,10 +174,10 @@ def _sealed_page(
     """A step of the loop over pages of codes: with a fine plane, or without."""
     row, layer, head, tile = where
     slot = lax.iota(jnp.int32, plan.page_size)
-    refined = slot < plan.fine_rows
+    refined = slot < plan.refined_slots
     # Of 16 times the position where there is a fine plane: for each slot.
     offset = jnp.where(refined, FINE_OFFSET, ABSENT_FINE_OFFSET)
-    all_refined = plan.fine_rows == plan.page_size
+    all_refined = plan.refined_slots == plan.page_size
 
     def planes(kind: int, page: jax.Array, chunk: jax.Array, start: int, width: int) -> Any:
         """Codes of some channels of both halves: keys f16[page_size, width], values transposed."""
@@ -178,9 +185,10 @@ def _sealed_page(
 
         def place(rows: int) -> jax.Array:
             """Where the bytes lie in a plane with so many rows."""
+            row = lax.rem(slot, rows) if rows < plan.refined_slots else slot
             if kind == 0:
-                return slot[:, None] * plan.half + channel[None, :]
-            return channel[:, None] * rows + slot[None, :]
+                return row[:, None] * plan.half + channel[None, :]
+            return channel[:, None] * rows + row[None, :]
 
         base = refs["base"][layer, page, kind, head, place(plan.page_size)]
         if not fine:
@@ -191,6 +199,9 @@ def _sealed_page(
             mask = jnp.broadcast_to(refined[:, None] if kind == 0 else refined[None, :], at.shape)
         there = refs["fine"].at[chunk, kind, head, at]
         detail = plt.load(there, mask=mask, other=None if mask is None else jnp.uint8(0))
+        if plan.fine_bits == 2:
+            own = slot[:, None] if kind == 0 else slot[None, :]
+            detail = embedded.of_slot(detail, own, plan.fine_rows)
         return unpack_fine(base, detail, interpret=plan.interpret)
 
     def fold(page: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:

@@ -15,14 +15,17 @@ from kvcompress_jax.kernels.pools import init_pools
 from kvcompress_jax.kernels.random_pools import fill_random
 from kvcompress_jax.kernels.tuning import Tuning, find_tuning
 
-# page size, dim, refined slots, query heads of a KV head, dtype, options
+# page size, dim, rows of a fine chunk, query heads of a KV head, dtype, options
 SIZES: tuple[tuple[int, int, int, int, str, str], ...] = (
     (16, 128, 8, 4, "bfloat16", ""),
     (64, 96, 32, 4, "bfloat16", ""),
     (64, 128, 0, 4, "bfloat16", ""),
     (64, 128, 32, 4, "bfloat16", "mass"),
+    (64, 128, 32, 4, "bfloat16", "mass+even"),
     (64, 256, 32, 4, "bfloat16", "window"),
+    (64, 256, 32, 4, "bfloat16", "window+even"),
     (128, 128, 64, 16, "float16", ""),
+    (128, 128, 64, 16, "float16", "even"),
 )
 # Likewise, on Mosaic GPU.
 MOSAIC_SIZES = (
@@ -51,8 +54,17 @@ def make_case(
 ) -> Case:
     """`ROWS` sequences of `tokens` tokens in sealed pages, of which none is shared and every second
     is refined, and some raw pages."""
+    named = options.split("+")
     example = functools.partial(
-        _example, page_size, dim, fine_rows, group, dtype, queries=queries, tokens=tokens
+        _example,
+        page_size,
+        dim,
+        fine_rows,
+        group,
+        dtype,
+        fine_bits=2 if "even" in named else 4,
+        queries=queries,
+        tokens=tokens,
     )
     arguments = jax.eval_shape(example)
     kernel = functools.partial(attention_triton, op=op, tuning=tuning, interpret=interpret)
@@ -67,9 +79,9 @@ def make_case(
             lists,
             query_lengths=query_lengths,
             scale=dim**-0.5,
-            window=window if options == "window" else None,
-            soft_cap=30.0 if options == "soft_cap" else None,
-            return_mass=options == "mass",
+            window=window if "window" in named else None,
+            soft_cap=30.0 if "soft_cap" in named else None,
+            return_mass="mass" in named,
         )
         return out, lse, mass
 
@@ -79,7 +91,7 @@ def make_case(
         name="/".join(str(part) for part in parts if part != ""),
         op=op,
         build=lambda: (functools.partial(run, kernel), arguments),
-        floor_bytes=_nbytes(arguments) + _result_bytes(arguments, mass=options == "mass"),
+        floor_bytes=_nbytes(arguments) + _result_bytes(arguments, mass="mass" in named),
         most_bytes=most_bytes,
         needs_tensor_cores=True,
         example=example,
@@ -108,7 +120,15 @@ def candidates(op: str, page_size: int, dim: int) -> list[Tuning]:
 
 
 def _example(
-    page_size: int, dim: int, fine_rows: int, group: int, dtype: str, *, queries: int, tokens: int
+    page_size: int,
+    dim: int,
+    fine_rows: int,
+    group: int,
+    dtype: str,
+    *,
+    fine_bits: int,
+    queries: int,
+    tokens: int,
 ) -> tuple[Any, ...]:
     columns = tokens // page_size
     pages = ROWS * columns
@@ -121,6 +141,7 @@ def _example(
         page_size=page_size,
         dim=dim,
         fine_rows=fine_rows,
+        fine_bits=fine_bits,
     )
 
     def numbers(shape: tuple[int, ...]) -> jax.Array:

@@ -159,6 +159,8 @@ def _refuse(q: jax.Array, pools: AttentionPools, *, interpret: bool) -> None:
     rows = pools.codes.fine_rows
     if rows not in FINE_ROWS:
         raise NotImplementedError(f"fine_rows: expected one of {FINE_ROWS}, got {rows}")
+    if pools.codes.fine_bits != 4:
+        raise NotImplementedError(f"fine_bits: expected 4, got {pools.codes.fine_bits}")
     columns = q.shape[1] * (q.shape[2] // heads)
     if columns > MOST_COLUMNS[dim]:
         raise NotImplementedError(

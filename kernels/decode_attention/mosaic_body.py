@@ -38,7 +38,7 @@ from kvcompress_jax.kernels.decode_attention.mosaic_tiles import (
 )
 
 ROWS = 64  # tokens or channels of the smallest product: four warps of 16 each
-FINE_MIDDLE = 7.5 / 16  # what refined codes are above the position, see `kernels.embedded`
+FINE_MIDDLE = 8 / 16  # what refined codes are above the position, see `kernels.embedded`
 
 Refs = Mapping[str, Any]
 # Greatest logit so far, sum of the weights, and unnormalised output of both halves of channels.

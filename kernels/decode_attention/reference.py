@@ -127,9 +127,11 @@ def _decode(
         base = plane(codes.base[layer, pages], kind, page_size)
         detail = jnp.zeros(base.shape, jnp.float32)
         if fine_rows:
-            fine = embedded.refine(plane(codes.fine[jnp.maximum(chunk, 0)], kind, fine_rows))
-            fine = jnp.where((chunk >= 0)[..., None, None, None], fine, 0.0)
-            detail = detail.at[..., :fine_rows, :].set(fine)
+            fine = plane(codes.fine[jnp.maximum(chunk, 0)], kind, fine_rows)
+            if codes.fine_bits == 2:
+                fine = jnp.concatenate([(fine & 3) << 2, fine & 12], axis=-2)
+            fine = jnp.where((chunk >= 0)[..., None, None, None], embedded.refine(fine), 0.0)
+            detail = detail.at[..., : codes.refined_slots, :].set(fine)
         axis = -2 if kind == 0 else -1
         return embedded.decode(
             base, detail, jnp.expand_dims(step, axis), jnp.expand_dims(zero, axis)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plt
 
 LOW_OFFSET = 1024.0
 HIGH_OFFSET = 64.0
-FINE_OFFSET = 1024.0 + 7.5  # of 16 times the position, where a fine plane refines it
+FINE_OFFSET = 1024.0 + 8.0  # of 16 times the position, where a fine plane refines it
 ABSENT_FINE_OFFSET = 1024.0  # where there is none and 0 stands for its code
 
 # $0, $1: of bytes 0, 1 and 2, 3; $2: the bytes. One program for each half: Triton's lowering in JAX

@@ -13,7 +13,7 @@ from kvcompress_jax.kernels.pools import init_pools
 from kvcompress_jax.kernels.random_pools import fill_random
 from kvcompress_jax.kernels.tuning import Tuning
 
-# page size, dim, slots that are refined, dtype of the result
+# page size, dim, rows of a fine chunk, dtype of the result
 SIZES = (
     (16, 64, 8, "bfloat16"),
     (64, 64, 32, "bfloat16"),
@@ -23,6 +23,14 @@ SIZES = (
     (64, 128, 32, "float16"),
     (64, 256, 32, "bfloat16"),
     (128, 128, 64, "bfloat16"),
+    (256, 128, 128, "bfloat16"),
+)
+# Likewise, where all slots are refined by two bits each.
+EVEN_SIZES = (
+    (16, 64, 8, "bfloat16"),
+    (64, 64, 32, "bfloat16"),
+    (64, 128, 32, "bfloat16"),
+    (64, 256, 32, "bfloat16"),
     (256, 128, 128, "bfloat16"),
 )
 LAYERS, PAGES, HEADS = 2, 64, 8
@@ -38,17 +46,18 @@ def make_case(
     dtype: str,
     tuning: Tuning | None = None,
     *,
+    fine_bits: int = 4,
     pages: int = PAGES,
     interpret: bool = False,
 ) -> Case:
     """All pages of small pools, each once."""
-    example = functools.partial(_example, page_size, dim, fine_rows, pages)
+    example = functools.partial(_example, page_size, dim, fine_rows, fine_bits, pages)
     run = functools.partial(open_page_triton, tuning=tuning, interpret=interpret)
     arguments = jax.eval_shape(example)
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments))
     opened = LAYERS * pages * 2 * HEADS * page_size * dim * jnp.dtype(dtype).itemsize
     return Case(
-        name=f"open_page/{page_size}x{dim}/{fine_rows}/{dtype}",
+        name=f"open_page/{page_size}x{dim}/{fine_rows}/{dtype}{'/even' if fine_bits == 2 else ''}",
         op="open_page",
         build=lambda: (functools.partial(_run, run, dtype), arguments),
         floor_bytes=stored + opened,
@@ -72,7 +81,7 @@ def _run(open_pages, dtype, pools, pages, chunks, count):  # type: ignore[no-unt
     return open_pages(pools, pages=pages, chunks=chunks, count=count, dtype=jnp.dtype(dtype))
 
 
-def _example(page_size: int, dim: int, fine_rows: int, n: int) -> tuple[Any, ...]:
+def _example(page_size: int, dim: int, fine_rows: int, fine_bits: int, n: int) -> tuple[Any, ...]:
     pools = init_pools(
         layers=LAYERS,
         pages=n,
@@ -81,6 +90,7 @@ def _example(page_size: int, dim: int, fine_rows: int, n: int) -> tuple[Any, ...
         page_size=page_size,
         dim=dim,
         fine_rows=fine_rows,
+        fine_bits=fine_bits,
     )
     pools = fill_random(pools, jax.random.key(0))
     chunks = jnp.arange(n * LAYERS, dtype=jnp.int32).reshape(n, LAYERS)
@@ -88,4 +98,7 @@ def _example(page_size: int, dim: int, fine_rows: int, n: int) -> tuple[Any, ...
     return pools, pages, chunks if fine_rows else jnp.full_like(chunks, -1), jnp.int32(n)
 
 
-CASES = tuple(make_case(*size) for size in SIZES)
+CASES = (
+    *(make_case(*size) for size in SIZES),
+    *(make_case(*size, fine_bits=2) for size in EVEN_SIZES),
+)

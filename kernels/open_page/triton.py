@@ -55,6 +55,7 @@ def open_page_triton(
             dim=dim,
             page_size=page_size,
             fine_rows=pools.fine_rows,
+            fine_bits=pools.fine_bits,
             channels=channels,
         ),
         name="open_page",
@@ -70,7 +71,7 @@ def open_page_triton(
     return kv.reshape(layers, n, 2, heads, page_size, dim)
 
 
-def _kernel(*refs, dim, page_size, fine_rows, channels):  # type: ignore[no-untyped-def]
+def _kernel(*refs, dim, page_size, fine_rows, fine_bits, channels):  # type: ignore[no-untyped-def]
     pages, chunks, count, base, key_step, key_zero, value_step, value_zero, order_pool = refs[:9]
     fine, out = refs[9] if fine_rows else None, refs[-1]
     i, layer, head = (pl.program_id(axis) for axis in range(3))
@@ -81,16 +82,17 @@ def _kernel(*refs, dim, page_size, fine_rows, channels):  # type: ignore[no-unty
         page, chunk = pages[i], chunks[i, layer]
         slot = lax.iota(jnp.int32, page_size)
         order = order_pool[layer, page, head, :].astype(jnp.int32)
-        refined = (slot < fine_rows) & (chunk >= 0)
+        refined = (slot < fine_rows * 4 // fine_bits) & (chunk >= 0)
         step = value_step[layer, page, head, :][:, None]
         zero = value_zero[layer, page, head, :][:, None]
         column = lax.iota(jnp.int32, channels)
 
         def place(kind, piece, rows):
             channel = piece * channels + column
+            row = lax.rem(slot, rows)
             if kind == 0:
-                return slot[:, None] * half + channel[None, :]
-            return channel[:, None] * rows + slot[None, :]
+                return row[:, None] * half + channel[None, :]
+            return channel[:, None] * rows + row[None, :]
 
         def halves(kind, packed):
             """The codes of both halves, i32[page_size, channels] each."""
@@ -108,6 +110,9 @@ def _kernel(*refs, dim, page_size, fine_rows, channels):  # type: ignore[no-unty
                     there = fine.at[jnp.maximum(chunk, 0), kind, head, where]
                     mask = jnp.broadcast_to(mask, where.shape)
                     packed = plt.load(there, mask=mask, other=jnp.uint8(0))
+                    if fine_bits == 2:
+                        own = slot[:, None] if kind == 0 else slot[None, :]
+                        packed = embedded.of_slot(packed, own, fine_rows)
                     detail = tuple(
                         jnp.where(refined[:, None], embedded.refine(x), 0.0)
                         for x in halves(kind, packed)

@@ -3,10 +3,11 @@
 from kvcompress_jax.kernels.case import MOST_BYTES
 from kvcompress_jax.kernels.decode_attention.cases import make_case
 
-# page size, dim, refined slots, query heads of a KV head, dtype, options
+# page size, dim, rows of a fine chunk, query heads of a KV head, dtype, options
 SIZES: tuple[tuple[int, int, int, int, str, str], ...] = (
     (64, 128, 32, 4, "bfloat16", ""),
     (64, 128, 32, 4, "bfloat16", "mass"),
+    (64, 128, 32, 4, "bfloat16", "mass+even"),
 )
 QUERIES = 64
 # A query's weights are known when it has seen all pages. What each page had for each query is
@@ -18,7 +19,7 @@ CASES = [
         *size,
         queries=QUERIES,
         op="prefill_attention",
-        most_bytes=MOST_MASS_BYTES if size[-1] == "mass" else MOST_BYTES,
+        most_bytes=MOST_MASS_BYTES if "mass" in size[-1] else MOST_BYTES,
     )
     for size in SIZES
 ]

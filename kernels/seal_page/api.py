@@ -41,8 +41,8 @@ def seal_page(
         scales: they are kept exactly elsewhere.
       worth: f32[n, layers, heads, page_size], how much each token deserves the first slots: the
         greatest first, of equals the earlier token, NaN last. None: slot j holds token j.
-      feedback: f32[n, layers, heads, 2, rank, dim], finite: how errors of the keys' base codes are
-        fed back in tokens without a fine code. The channels are coded in blocks of `pairs` columns
+      feedback: f32[n, layers, heads, 2, rank, dim], finite: how errors of the keys' codes, as they
+        are stored, are fed back. The channels are coded in blocks of `pairs` columns
         of either half, the last columns first; a channel is rounded to the code nearest to what it
         is less the sum over the rank of `answer` ([..., 1, r, channel]) times the sum of all
         earlier blocks' errors times `carry` ([..., 0, r, channel]). None: all to the nearest.

@@ -12,7 +12,7 @@ from kvcompress_jax.kernels.seal_page.reference import seal_page_reference
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
 from kvcompress_jax.kernels.tuning import Tuning
 
-# page size, dim, slots that are refined, dtype, whether tokens are ordered, whether errors are fed
+# page size, dim, rows of a fine chunk, dtype, whether tokens are ordered, whether errors are fed
 SIZES = (
     (16, 64, 8, "bfloat16", True, False),
     (64, 64, 32, "bfloat16", True, False),
@@ -33,6 +33,16 @@ SIZES = (
     (128, 128, 64, "bfloat16", True, True),
     (256, 128, 128, "bfloat16", True, True),
 )
+# Likewise, where all slots are refined by two bits each.
+EVEN_SIZES = (
+    (16, 64, 8, "bfloat16", False, True),
+    (64, 64, 32, "bfloat16", False, True),
+    (64, 128, 32, "bfloat16", False, False),
+    (64, 128, 32, "bfloat16", False, True),
+    (64, 256, 32, "bfloat16", False, True),
+    (128, 128, 64, "bfloat16", False, True),
+    (256, 128, 128, "bfloat16", False, True),
+)
 LAYERS, PAGES, HEADS = 2, 64, 8
 RANK, PAIRS = 4, 4
 
@@ -50,16 +60,19 @@ def make_case(
     fed: bool = False,
     tuning: Tuning | None = None,
     *,
+    fine_bits: int = 4,
     pages: int = PAGES,
     interpret: bool = False,
 ) -> Case:
     """All pages of small pools, each once."""
-    example = functools.partial(_example, page_size, dim, fine_rows, dtype, ordered, fed, pages)
+    example = functools.partial(
+        _example, page_size, dim, fine_rows, fine_bits, dtype, ordered, fed, pages
+    )
     run = functools.partial(seal_page_triton, tuning=tuning, interpret=interpret)
     arguments = jax.eval_shape(example)
     return Case(
         name=f"seal_page/{page_size}x{dim}/{fine_rows}/{dtype}{'' if ordered else '/unordered'}"
-        f"{'/fed' if fed else ''}",
+        f"{'/even' if fine_bits == 2 else ''}{'/fed' if fed else ''}",
         op="seal_page",
         build=lambda: (functools.partial(_run, run), arguments),
         floor_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments)),
@@ -96,7 +109,14 @@ def _run(seal, raw, pools, source, target, chunks, count, exact, worth=None, fee
 
 
 def _example(
-    page_size: int, dim: int, fine_rows: int, dtype: str, ordered: bool, fed: bool, n: int
+    page_size: int,
+    dim: int,
+    fine_rows: int,
+    fine_bits: int,
+    dtype: str,
+    ordered: bool,
+    fed: bool,
+    n: int,
 ) -> tuple[Any, ...]:
     key = jax.random.key(0)
     pages = jnp.arange(n, dtype=jnp.int32)
@@ -108,6 +128,7 @@ def _example(
         page_size=page_size,
         dim=dim,
         fine_rows=fine_rows,
+        fine_bits=fine_bits,
     )
     chunks = jnp.arange(n * LAYERS, dtype=jnp.int32).reshape(n, LAYERS)
     arguments: tuple[Any, ...] = (
@@ -128,4 +149,7 @@ def _example(
     return arguments
 
 
-CASES = tuple(make_case(*size) for size in SIZES)
+CASES = (
+    *(make_case(*size) for size in SIZES),
+    *(make_case(*size, fine_bits=2) for size in EVEN_SIZES),
+)

@@ -41,21 +41,25 @@ def seal_page_reference(
         jnp.max(keys, axis=-2, where=counted, initial=-jnp.inf),
     )
     value_step, value_zero = embedded.fit(jnp.min(values, axis=-1), jnp.max(values, axis=-1))
-    refined = (token[None, None, :] < fine_rows) & (
+    refined = (token[None, None, :] < pools.refined_slots) & (
         chunks.T[:, :, None] >= 0
     )  # [layers, n, page_size]
     key_scale = key_step[..., None, :], key_zero[..., None, :]
-    planes = zip(
-        embedded.encode(keys, *key_scale)
-        if feedback is None
-        else _feed(keys, key_scale, ~refined[:, :, None, :, None], feedback.swapaxes(0, 1), pairs),
-        embedded.encode(values, value_step[..., None], value_zero[..., None]),
-        strict=True,
-    )
+    cells = jnp.where(refined, pools.cells, 1.0)[:, :, None, :, None]
+    if feedback is None:
+        key_codes = embedded.encode(keys, *key_scale, cells)
+    else:
+        key_codes = _feed(keys, key_scale, cells, feedback.swapaxes(0, 1), pairs)
+    value_codes = embedded.encode(values, value_step[..., None], value_zero[..., None], cells)
+    planes = zip(embedded.split(key_codes), embedded.split(value_codes), strict=True)
     base, fine = (
-        _plane(k[..., :rows, :], v[..., :rows, :])
-        for (k, v), rows in zip(planes, (page_size, fine_rows), strict=True)
+        (k[..., :rows, :], v[..., :rows, :])
+        for (k, v), rows in zip(planes, (page_size, pools.refined_slots), strict=True)
     )
+    if pools.fine_bits == 2:
+        first, second = (slice(0, fine_rows), slice(fine_rows, None))
+        fine = tuple((x[..., first, :] >> 2) | x[..., second, :] for x in fine)
+    base, fine = _plane(*base), _plane(*fine)
 
     page = jnp.where(finite, target, pools.base.shape[1])  # out of range: dropped
     chunk = jnp.where(finite[:, None] & (chunks >= 0), chunks, pools.fine.shape[0]).T
@@ -85,29 +89,29 @@ def _plane(keys: jax.Array, values: jax.Array) -> jax.Array:
 def _feed(
     keys: jax.Array,
     scale: tuple[jax.Array, jax.Array],
-    coarse: jax.Array,
+    cells: jax.Array,
     feedback: jax.Array,
     pairs: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Codes of f32[layers, n, heads, page_size, dim], from the last block of channels to the first,
-    as i32[2, ...] of keys' shape: base and fine."""
+    as `embedded.encode` gives them."""
     dim = keys.shape[-1]
     half, rank = dim // 2, feedback.shape[-2]
     debts = [jnp.zeros((*keys.shape[:-1], 1)) for _ in range(rank)]
-    codes = jnp.zeros((2, *keys.shape), jnp.int32)
+    codes = jnp.zeros(keys.shape, jnp.int32)
     for start in range(half - pairs, -1, -pairs):
         owed = list(debts)
         for columns in (slice(start + j * half, start + j * half + pairs) for j in range(2)):
             carry, answer = (feedback[..., kind, :, None, columns] for kind in range(2))
-            pair, error = embedded.fed(
+            new, error = embedded.fed(
                 keys[..., columns],
                 (scale[0][..., columns], scale[1][..., columns]),
                 [(debts[r], answer[..., r, :, :]) for r in range(rank)],
-                coarse,
+                cells,
             )
-            codes = codes.at[..., columns].set(jnp.stack(pair))
+            codes = codes.at[..., columns].set(new)
             for r in range(rank):
                 term = jnp.sum(error * carry[..., r, :, :], axis=-1, keepdims=True)
                 owed[r] = owed[r] + term
         debts = owed
-    return codes[0], codes[1]
+    return codes

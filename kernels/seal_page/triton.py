@@ -72,6 +72,8 @@ def seal_page_triton(
             dim=dim,
             page_size=page_size,
             fine_rows=pools.fine_rows,
+            fine_bits=pools.fine_bits,
+            cells=pools.cells,
             channels=channels,
         ),
         name="seal_page",
@@ -104,7 +106,7 @@ _POOLS = ("base", "key_step", "key_zero", "value_step", "value_zero", "order", "
 
 
 def _kernel(  # type: ignore[no-untyped-def]
-    *refs, ordered, rank, pairs, dim, page_size, fine_rows, channels
+    *refs, ordered, rank, pairs, dim, page_size, fine_rows, fine_bits, cells, channels
 ):
     raw, source, target, chunks, count, exact = refs[:6]
     worth = refs[6] if ordered else None
@@ -121,7 +123,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         order = slot if worth is None else _order(worth, i, layer, head, page_size)
         order_pool[layer, into, head, :] = order.astype(jnp.uint8)
         counted = order >= exact[i]
-        refined = (slot < fine_rows) & (chunk >= 0)
+        refined = (slot < fine_rows * 4 // fine_bits) & (chunk >= 0)
+        stored = jnp.where(refined, jnp.float32(cells), jnp.float32(1))[:, None]
         column = lax.iota(jnp.int32, channels)
 
         def load(kind, piece):
@@ -131,19 +134,29 @@ def _kernel(  # type: ignore[no-untyped-def]
             return low.astype(jnp.float32), high.astype(jnp.float32)
 
         def store(kind, piece, low, high):
-            """Codes (base and fine, i32[page_size, channels] each) of both halves to the planes."""
-            for plane, codes in enumerate(zip(low, high, strict=True)):
+            """Codes of both halves, i32[page_size, channels] each, to the planes."""
+            planes = zip(embedded.split(low), embedded.split(high), strict=True)
+            for plane, codes in enumerate(planes):
+                if plane == 1 and fine is None:
+                    continue
                 packed = embedded.pack(*codes)
+                row, there = slot, refined
+                if plane == 1 and fine_bits == 2:  # two slots to a row, whose bits do not overlap
+                    pair = packed.astype(jnp.int32).reshape(2, fine_rows, channels)
+                    lower = lax.broadcasted_iota(jnp.int32, pair.shape, 0) == 0
+                    packed = jnp.sum(jnp.where(lower, pair >> 2, pair), axis=0).astype(jnp.uint8)
+                    row = lax.iota(jnp.int32, fine_rows)
+                    there = (row >= 0) & (chunk >= 0)
                 channel = piece * channels + column
                 rows = page_size if plane == 0 else fine_rows
                 if kind == 0:
-                    place, mask = slot[:, None] * half + channel[None, :], refined[:, None]
+                    place, mask = row[:, None] * half + channel[None, :], there[:, None]
                 else:
                     packed = packed.T
-                    place, mask = channel[:, None] * rows + slot[None, :], refined[None, :]
+                    place, mask = channel[:, None] * rows + row[None, :], there[None, :]
                 if plane == 0:
                     base[layer, into, kind, head, place] = packed
-                elif fine is not None:
+                else:
                     mask = jnp.broadcast_to(mask, packed.shape)
                     plt.store(fine.at[chunk, kind, head, place], packed, mask=mask)
 
@@ -161,7 +174,9 @@ def _kernel(  # type: ignore[no-untyped-def]
                 scales.append((step[None, :], zero[None, :]))
                 bad = bad + _not_finite(x)
             if feedback is None:
-                codes = [embedded.encode(x, *s) for x, s in zip(numbers, scales, strict=True)]
+                codes = [
+                    embedded.encode(x, *s, stored) for x, s in zip(numbers, scales, strict=True)
+                ]
             else:
                 here = [
                     [
@@ -173,7 +188,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                     ]
                     for kind in range(2)
                 ]
-                codes, debts = _feed(numbers, scales, debts, ~refined, here, pairs)
+                codes, debts = _feed(numbers, scales, debts, stored, here, pairs)
             store(0, piece, *codes)
             return bad, debts
 
@@ -196,22 +211,23 @@ def _kernel(  # type: ignore[no-untyped-def]
         value_zero[layer, into, head, :] = zero
 
         def values(piece, carry):
-            codes = (embedded.encode(x, step[:, None], zero[:, None]) for x in load(1, piece))
+            scale = step[:, None], zero[:, None]
+            codes = (embedded.encode(x, *scale, stored) for x in load(1, piece))
             store(1, piece, *codes)
             return carry
 
         lax.fori_loop(0, pieces, values, 0)
 
 
-def _feed(numbers, scales, debts, coarse, feedback, pairs):  # type: ignore[no-untyped-def]
-    """Codes of a piece, block after block, so that in coarse tokens a block undoes what the errors
-    of those before did; see `embedded.fed`.
+def _feed(numbers, scales, debts, cells, feedback, pairs):  # type: ignore[no-untyped-def]
+    """Codes of a piece, block after block, so that a block undoes what the errors of those before
+    did; see `embedded.fed`.
 
     Args:
       numbers: both halves, f32[page_size, channels] each.
       scales: of both halves, step and zero [1, channels] each.
       debts: f32[page_size] for each direction: what earlier errors add up to.
-      coarse: bool[page_size].
+      cells: f32[page_size, 1], of each slot.
       feedback: carry and answer, of both halves, of each direction, f32[channels].
       pairs: columns of a block.
     """
@@ -229,19 +245,18 @@ def _feed(numbers, scales, debts, coarse, feedback, pairs):  # type: ignore[no-u
                 numbers[j],
                 scales[j],
                 [(debt[:, None], a[None, :]) for debt, a in zip(debts, answer[j], strict=True)],
-                coarse[:, None],
+                cells,
             )
             error = jnp.where(inside, error, 0.0)
             owed = [
                 debt + jnp.sum(error * c[None, :], axis=1)
                 for debt, c in zip(owed, carry[j], strict=True)
             ]
-            after.append(tuple(jnp.where(inside, n, o) for n, o in zip(new, codes[j], strict=True)))
+            after.append(jnp.where(inside, new, codes[j]))
         return tuple(after), tuple(owed)
 
     nothing = jnp.zeros(numbers[0].shape, jnp.int32)
-    codes = ((nothing, nothing), (nothing, nothing))
-    return lax.fori_loop(0, channels // pairs, body, (codes, debts))
+    return lax.fori_loop(0, channels // pairs, body, ((nothing, nothing), debts))
 
 
 def _order(worth, i, layer, head, page_size):  # type: ignore[no-untyped-def]

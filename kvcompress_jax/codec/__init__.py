@@ -1,4 +1,4 @@
-"""The embedded code: a 4-bit base plane and a 4-bit fine plane that refines it.
+"""The embedded code: a 4-bit base plane and a fine plane of 4 or 2 bits that refines it.
 
 Vectors to planes and back, with nothing about pages or caches: `scale` fits the range of a
 group, `planes` codes values against it, `packing` puts two codes in a byte, `finite` finds what
@@ -6,7 +6,15 @@ cannot be coded, `rounding` shortens what was decoded.
 """
 
 from kvcompress_jax.codec.finite import NonFiniteError, all_finite, check_finite
-from kvcompress_jax.codec.packing import pack, pack_high, pack_low, unpack, unpack_both
+from kvcompress_jax.codec.packing import (
+    pack,
+    pack_high,
+    pack_low,
+    separate_rows,
+    share_rows,
+    unpack,
+    unpack_both,
+)
 from kvcompress_jax.codec.planes import (
     decode,
     encode,
@@ -34,6 +42,8 @@ __all__ = [
     "reconstruct",
     "refine",
     "refined_position",
+    "separate_rows",
+    "share_rows",
     "unpack",
     "unpack_both",
 ]

@@ -2,6 +2,8 @@
 
 Byte j of a vector of dim codes holds channel j in its low nibble and channel j + dim/2 in its
 high one, so that unpacking gives two contiguous halves and needs no interleaving.
+
+Codes that are multiples of 4 take two bits: two rows then share one.
 """
 
 import jax
@@ -49,3 +51,16 @@ def unpack_both(base: jax.Array, fine: jax.Array) -> jax.Array:
     # both in memory on the way it takes three quarters of the time.
     halves = lax.optimization_barrier((low, high))
     return lax.optimization_barrier(jnp.concatenate(halves, axis=-1))
+
+
+def share_rows(packed: jax.Array) -> jax.Array:
+    """Packed rows of multiples of 4, u8[..., 2 n, dim/2], to u8[..., n, dim/2]: in row i, row i has
+    the lower two bits of each nibble, and row n + i the upper two, where they were."""
+    first, second = jnp.split(packed, 2, axis=-2)
+    return (first >> jnp.uint8(2)) | second
+
+
+def separate_rows(shared: jax.Array) -> jax.Array:
+    """The inverse of `share_rows`."""
+    upper = jnp.uint8(0xCC)
+    return jnp.concatenate([(shared << jnp.uint8(2)) & upper, shared & upper], axis=-2)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvcompress_jax.codec.planes import decode, encode_bytes
+from kvcompress_jax.codec.planes import encode_bytes, reconstruct, refined_position
 from kvcompress_jax.codec.scale import Scale
 
 RANK = 4
@@ -80,19 +80,18 @@ def at_position(feedback: KeyFeedback, first: jax.Array) -> PageFeedback:
 
 
 def encode_with_feedback(
-    x: jax.Array, scale: Scale, coarse: jax.Array, feedback: PageFeedback
+    x: jax.Array, scale: Scale, cells: jax.Array, feedback: PageFeedback
 ) -> jax.Array:
-    """Codes of keys, of which some tokens have the base plane alone.
+    """Codes of keys, each as fine as it will be read.
 
     Args:
       x: bf16, f16 or f32 [heads, tokens, dim].
       scale: [heads, dim], of the tokens.
-      coarse: bool[heads, tokens]: tokens that nothing refines. The others are rounded to the
-        nearest: a fine code cannot reach a base that is off by more than half a step.
+      cells: f32[heads, tokens], to a step, as in `encode_bytes`: 1 for tokens that nothing refines.
       feedback: [heads, ...].
 
     Returns:
-      Codes as of `encode_bytes`; the fine code of a coarse token means nothing.
+      Codes as of `encode_bytes`.
     """
     heads, tokens, dim = x.shape
     half, pairs = dim // 2, block_pairs(dim)
@@ -102,19 +101,19 @@ def encode_with_feedback(
         _in_blocks(a.reshape(heads, dim, -1), pairs)
         for a in (scale.step, scale.zero, feedback.carry, feedback.answer)
     )
-    exact = ~coarse[:, None]  # [heads, 1, tokens]
+    cells = cells[:, None]  # [heads, 1, tokens]
+    alone = cells == 1
 
     def body(debts: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         numbers, step, zero, carry, answer = block
         shift = _matmul(answer, debts)
         # What overflows is not owed: such keys are rounded to the nearest.
-        nearest = exact | ~(jnp.abs(shift) < jnp.inf)
-        target = jnp.where(nearest, numbers, numbers - shift)
+        target = jnp.where(jnp.abs(shift) < jnp.inf, numbers - shift, numbers)
         of_block = Scale(step=step[..., 0], zero=zero[..., 0])
-        code = encode_bytes(target, of_block, axis=-1)
+        code = encode_bytes(target, of_block, axis=-1, cells=cells)
         # In memory, or XLA computes a code once more for everyone who wants it.
         code = lax.optimization_barrier(code)
-        error = decode(code >> jnp.uint8(4), of_block, axis=-1) - numbers
+        error = reconstruct(refined_position(code, ~alone), of_block, axis=-1) - numbers
         return debts + _matmul(carry.swapaxes(-1, -2), error), code
 
     debts = jnp.zeros((heads, RANK, tokens), jnp.float32)

@@ -212,9 +212,9 @@ class Tuner:
         tracked = Embedded(config=dataclasses.replace(config, seal_level=1))
         planes = [_planes(tracked, context) for context in contexts]
 
-        def measure(rows: np.ndarray) -> tuple[float, float]:
+        def measure(rows: np.ndarray, *, even: bool = False) -> tuple[float, float]:
             return self._measure(
-                [p.refined(c, rows) for p, c in zip(planes, contexts, strict=True)]
+                [p.refined(c, rows, even=even) for p, c in zip(planes, contexts, strict=True)]
             )
 
         if not self.order:
@@ -226,8 +226,8 @@ class Tuner:
             if (ratio, count) not in known:
                 tried = _layered(config, ratio, self.order[:count], layers)
                 rows = np.zeros(layers, int)
-                rows[self.order[:count]] = tried.refined_tokens(config.page_size)
-                kl, top1 = measure(rows)
+                rows[self.order[:count]] = tried.fine_rows
+                kl, top1 = measure(rows, even=tried.refining_bits == 2)
                 known[ratio, count] = Candidate(
                     config=tried, bits=self._bits(tried), kl=kl, top1=top1
                 )
@@ -310,11 +310,13 @@ def describe(config: CompressionConfig) -> str:
     pages = f"pages of {config.page_size}, window of {config.window_tokens}"
     if config.profile is not None:
         return f"calibrated ({config.profile}), {pages}"
+    refined = f"8 bits for {config.ratio:.4g} of the tokens"
+    if config.refining_bits == 2:
+        refined = "6 bits for all tokens"
     if config.sealed_level == 1:
-        return f"8 bits for {config.ratio:.4g} of the tokens, {pages}"
+        return f"{refined}, {pages}"
     if config.floor_layers:
-        count = len(config.floor_layers)
-        return f"8 bits for {config.ratio:.4g} of the tokens in {count} layers, {pages}"
+        return f"{refined} in {len(config.floor_layers)} layers, {pages}"
     return f"4 bits, {pages}"
 
 

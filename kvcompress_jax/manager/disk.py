@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvcompress_jax.storage import DiskTier
 
 # What planes in files mean beyond their shapes; another number when that changes.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 def open_disk_tier(

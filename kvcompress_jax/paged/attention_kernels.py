@@ -72,6 +72,7 @@ def kernel_inputs(cache: PagedCache, table: PageTable) -> tuple[AttentionPools, 
         value_step=cache.value_scale.step,
         value_zero=cache.value_scale.zero,
         order=cache.order,
+        fine_bits=cache.layout.fine_bits,
     )
     pools = AttentionPools(raw=cache.raw, codes=codes, fine_of=cache.fine_of, sinks=cache.sinks)
     fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(PageLists)}

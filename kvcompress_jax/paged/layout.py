@@ -35,6 +35,7 @@ import jax.numpy as jnp
 
 from kvcompress_jax.calibrated.row import RowLayout
 from kvcompress_jax.importance import ImportanceRule
+from kvcompress_jax.paged.plane_bytes import refined_slots
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -52,7 +53,9 @@ class CacheLayout:
       head_dim: channels of a head; even.
       page_size: tokens of a page; at most 256, so that a slot's token fits a byte.
       dtype: of level 0: bfloat16, float16 or float32.
-      fine_rows: tokens of a page, per head, that a fine chunk refines; 0 = no level 1.
+      fine_rows: rows of a fine chunk, per head; 0 = no level 1.
+      fine_bits: by which a fine chunk refines a token: 4, one token to a row, or 2, all tokens of a
+        page, two to a row.
       sink_tokens: first tokens of a sequence that stay exact; 0 = none.
       importance: how the tokens of a page are ordered.
       statistics: whether raw pages keep count of the attention that their tokens receive; without,
@@ -66,6 +69,7 @@ class CacheLayout:
     page_size: int = 64
     dtype: str = "bfloat16"
     fine_rows: int = 32
+    fine_bits: int = 4
     sink_tokens: int = 4
     importance: ImportanceRule = ImportanceRule()
     statistics: bool = True
@@ -85,6 +89,12 @@ class CacheLayout:
             raise ValueError(
                 f"fine_rows: expected 0 to {self.page_size} (page_size), got {self.fine_rows}"
             )
+        even = self.fine_bits == 2 and self.fine_rows in (0, self.page_size // 2)
+        if self.fine_bits != 4 and not even:
+            raise ValueError(
+                f"fine_bits: expected 4, or 2 with fine_rows={self.page_size // 2} (page_size / 2),"
+                f" got {self.fine_bits} with fine_rows={self.fine_rows}"
+            )
         if not 0 <= self.sink_tokens < self.page_size:
             raise ValueError(
                 f"sink_tokens: expected 0 to {self.page_size - 1} (page_size - 1),"
@@ -97,6 +107,11 @@ class CacheLayout:
     @property
     def jax_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+    @property
+    def refined_slots(self) -> int:
+        """Slots of a page that a fine chunk refines: the first ones."""
+        return refined_slots(self.fine_rows, self.fine_bits)
 
     @property
     def values_per_page(self) -> int:

@@ -18,7 +18,9 @@ from kvcompress_jax.codec import (
     fit_scale,
     pack_high,
     pack_low,
+    share_rows,
 )
+from kvcompress_jax.codec.planes import FINE_CELLS
 from kvcompress_jax.feedback import PageFeedback, encode_with_feedback
 from kvcompress_jax.importance import (
     ImportanceRule,
@@ -27,7 +29,7 @@ from kvcompress_jax.importance import (
     token_error,
 )
 from kvcompress_jax.importance.combine import order_tokens
-from kvcompress_jax.paged.plane_bytes import join_planes
+from kvcompress_jax.paged.plane_bytes import join_planes, refined_slots
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +37,9 @@ from kvcompress_jax.paged.plane_bytes import join_planes
 class PageCode:
     """The code of a page, or of several along leading axes; slots are ordered by importance.
 
-    Invariant: slot j of head h holds token `order[h, j]`, in every field; the fine plane covers
-    slots 0 to fine_rows - 1. Where it covers all tokens or none, slot j holds token j.
+    Invariant: slot j of head h holds token `order[h, j]`, in every field; the fine plane refines
+    slots 0 to fine_rows - 1 by 4 bits each, or as many again by 2. Where it refines all tokens or
+    none, slot j holds token j.
     """
 
     base: jax.Array  # u8[..., 2, heads, page_size * dim/2]
@@ -84,6 +87,7 @@ def encode_page(
     *,
     rule: ImportanceRule,
     fine_rows: int,
+    fine_bits: int = 4,
 ) -> PageCode:
     """Codes a full page: keys per channel over the page, values per token.
 
@@ -100,16 +104,18 @@ def encode_page(
         there are none.
       learned: trained score of this layer, or None.
       rule: orders the tokens.
-      fine_rows: tokens of each head that the fine plane covers.
+      fine_rows: rows of the fine plane, of each head.
+      fine_bits: of a refined token: 4, one token to a row, or 2, two.
 
     Returns:
       The code, without leading axes.
     """
-    fit = fit_page(keys, values, mass, seen, exact, learned, rule=rule, fine_rows=fine_rows)
+    refined = refined_slots(fine_rows, fine_bits)
+    fit = fit_page(keys, values, mass, seen, exact, learned, rule=rule, refined=refined)
     if fit.worth is not None:  # nothing else keeps it in memory before `code_page` orders by it
         order = jnp.argsort(-fit.worth, axis=-1, stable=True)
         fit = dataclasses.replace(fit, worth=-jnp.argsort(order, axis=-1).astype(jnp.float32))
-    return code_page(keys, values, fit, fine_rows=fine_rows)
+    return code_page(keys, values, fit, fine_rows=fine_rows, fine_bits=fine_bits)
 
 
 def fit_page(
@@ -121,17 +127,18 @@ def fit_page(
     learned: LearnedScore | None = None,
     *,
     rule: ImportanceRule,
-    fine_rows: int,
+    refined: int,
 ) -> PageFit:
-    """Scales of a page and what its tokens are worth; arguments as in `encode_page`."""
+    """Scales of a page and what its tokens are worth, where `refined` of them, neither all nor
+    none, are to be chosen; other arguments as in `encode_page`."""
     counted = None if exact is None else ~exact[None, :, None]
     key_scale = fit_scale(keys, axis=-2, where=counted)
     value_scale = fit_scale(values, axis=-1)
     worth = None
-    if 0 < fine_rows < keys.shape[1]:
+    if 0 < refined < keys.shape[1]:
         keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-        key_error = keys - decode(encode(keys, key_scale, axis=-2)[0], key_scale, axis=-2)
-        value_error = values - decode(encode(values, value_scale, axis=-1)[0], value_scale, axis=-1)
+        key_error = keys - _coarse(keys, key_scale, axis=-2)
+        value_error = values - _coarse(values, value_scale, axis=-1)
         error = token_error(key_error, value_error, values).T  # [page_size, heads]
         statistics = TokenStatistics(
             keys=keys.swapaxes(0, 1),
@@ -153,10 +160,18 @@ def fit_page(
     return PageFit(key_scale=key_scale, value_scale=value_scale, worth=worth)
 
 
-def code_page(keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: int) -> PageCode:
+def _coarse(x: jax.Array, scale: Scale, *, axis: int) -> jax.Array:
+    """What the base plane alone keeps."""
+    return decode(encode(x, scale, axis=axis, cells=1)[0], scale, axis=axis)
+
+
+def code_page(
+    keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: int, fine_bits: int = 4
+) -> PageCode:
     """The code of a page against its fit; arguments as in `encode_page`. `fit.worth` must be in
     memory: see `order_tokens`."""
-    return lay_out(code_rows(keys, values, fit, fine_rows=fine_rows), fit, fine_rows=fine_rows)
+    rows = code_rows(keys, values, fit, fine_rows=fine_rows, fine_bits=fine_bits)
+    return lay_out(rows, fit, fine_rows=fine_rows, fine_bits=fine_bits)
 
 
 def code_rows(
@@ -167,59 +182,70 @@ def code_rows(
     refines: jax.Array | None = None,
     *,
     fine_rows: int,
+    fine_bits: int = 4,
 ) -> PageRows:
-    """The first half of `code_page`: all that is computed with numbers.
+    """The first half of `code_page`: all that is computed with numbers. Each token is coded as fine
+    as it will be stored.
 
     Args:
-      keys, values, fit, fine_rows: as in `code_page`.
-      feedback: keys of tokens that the fine plane does not cover are rounded with it; None: all
-        are rounded to the nearest.
+      keys, values, fit, fine_rows, fine_bits: as in `code_page`.
+      feedback: keys are rounded with it; None: to the nearest.
       refines: bool[], whether the fine plane will be stored; None: it will.
     """
-
-    def encoded(x: jax.Array, scale: Scale, axis: int) -> jax.Array:
-        if fine_rows:
-            return encode_bytes(x, scale, axis=axis)
-        return encode(x, scale, axis=axis)[0] << jnp.uint8(4)
-
     if fit.worth is None:  # no token has more bits than another, so that order says nothing
         order = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape[:2])
     else:
         order = order_tokens(fit.worth.T).T
+    slots = refined_slots(fine_rows, fine_bits)
+    cells = _cells_of_tokens(order, slots, FINE_CELLS >> (4 - fine_bits), refines)
     if feedback is None:
-        key_codes = encoded(keys, fit.key_scale, -2)
+        key_codes = encode_bytes(keys, fit.key_scale, axis=-2, cells=cells[..., None])
     else:
-        token = jnp.arange(keys.shape[1], dtype=jnp.int32)
-        covered = jnp.any(order[:, :fine_rows, None] == token[None, None, :], axis=1)
-        coarse = ~covered if refines is None else ~(covered & refines)
-        key_codes = encode_with_feedback(keys, fit.key_scale, coarse, feedback)
+        key_codes = encode_with_feedback(keys, fit.key_scale, cells, feedback)
     return PageRows(
         keys=key_codes,
-        values=encoded(values, fit.value_scale, -1),
+        values=encode_bytes(values, fit.value_scale, axis=-1, cells=cells[..., None]),
         order=order,
     )
 
 
-def lay_out(rows: PageRows, fit: PageFit, *, fine_rows: int) -> PageCode:
+def _cells_of_tokens(
+    order: jax.Array, slots: int, cells: int, refines: jax.Array | None
+) -> jax.Array:
+    """f32[heads, page_size], to a step: 1 where no fine code will stand beside the base code."""
+    size = order.shape[1]
+    stored = jnp.bool_(slots > 0) if refines is None else refines & (slots > 0)
+    if 0 < slots < size:
+        token = jnp.arange(size, dtype=jnp.int32)
+        stored = stored & jnp.any(order[:, :slots, None] == token[None, None, :], axis=1)
+    stored = jnp.broadcast_to(stored, order.shape)
+    return jnp.where(stored, jnp.float32(cells), jnp.float32(1))
+
+
+def lay_out(rows: PageRows, fit: PageFit, *, fine_rows: int, fine_bits: int = 4) -> PageCode:
     """The second half of `code_page`: all that moves bytes.
 
     It is much faster as a program of its own, or behind a condition, than fused with the first:
     every byte would be computed alone, where it is stored, with the arithmetic of its two numbers.
     """
     base, fine = (rows.keys, rows.values), (rows.keys, rows.values)
+    slots = refined_slots(fine_rows, fine_bits)
     value_scale = fit.value_scale
     if fit.worth is None:
-        fine = fine[0][:, :fine_rows], fine[1][:, :fine_rows]
+        fine = fine[0][:, :slots], fine[1][:, :slots]
     else:
-        refined = rows.order[:, :fine_rows]
+        refined = rows.order[:, :slots]
         base = _take(base[0], rows.order), _take(base[1], rows.order)
         fine = _take(fine[0], refined), _take(fine[1], refined)
         value_scale = Scale(
             step=_take(value_scale.step, rows.order), zero=_take(value_scale.zero, rows.order)
         )
+    detail = pack_low(fine[0]), pack_low(fine[1])
+    if fine_bits == 2:
+        detail = share_rows(detail[0]), share_rows(detail[1])
     return PageCode(
         base=join_planes(pack_high(base[0]), pack_high(base[1])),
-        fine=join_planes(pack_low(fine[0]), pack_low(fine[1])),
+        fine=join_planes(*detail),
         key_scale=fit.key_scale,
         value_scale=value_scale,
         order=rows.order.astype(jnp.uint8),

@@ -4,13 +4,19 @@ A plane is u8[..., 2, heads, rows * dim/2]. For each head, the key half is [rows
 value half is its transpose, [dim/2, rows]: attention multiplies keys by what has dim channels, and
 values by what has a weight for each row, and a GPU reads either the way its tensor cores want it.
 In both, byte j of the channel axis holds channel j in its low nibble and channel j + dim/2 in its
-high one.
+high one. In a fine plane of two bits, row i holds slot i in the lower two bits of each nibble, and
+slot rows + i in the upper two.
 """
 
 import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.codec import pack, unpack
+
+
+def refined_slots(fine_rows: int, fine_bits: int) -> int:
+    """Slots of a page that a fine plane of so many rows refines by so many bits each."""
+    return fine_rows * 4 // fine_bits
 
 
 def join_planes(keys: jax.Array, values: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from kvcompress_jax.codec import (
     narrow,
     reconstruct,
     refined_position,
+    separate_rows,
     unpack,
     unpack_both,
 )
@@ -120,13 +121,16 @@ def _scale_of(
 def _fine_rows(
     cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Packed fine rows of keys and of values, u8[..., heads, fine_rows, dim/2], 0 in pages without;
-    and bool[..., 1, 1, 1], which pages have some."""
+    """Packed fine codes of keys and of values, u8[..., heads, refined_slots, dim/2], 0 in pages
+    without; and bool[..., 1, 1, 1], which pages have some."""
     chunk = cache.fine_of[layer, ids]
     has = chunk >= 0 if live is None else live & (chunk >= 0)
     fine = cache.fine[jnp.where(has, chunk, 0)]
     has = has[..., None, None, None]
-    return split_planes(jnp.where(has, fine, jnp.uint8(0)), cache.layout.head_dim), has
+    keys, values = split_planes(jnp.where(has, fine, jnp.uint8(0)), cache.layout.head_dim)
+    if cache.layout.fine_bits == 2:
+        return (separate_rows(keys), separate_rows(values)), has
+    return (keys, values), has
 
 
 def _positions(base: jax.Array, fine: jax.Array, has: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from kvcompress_jax.paged.page_code import (
     fit_page,
     lay_out,
 )
+from kvcompress_jax.paged.plane_bytes import refined_slots
 from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.seal_rows import seal_rows
 from kvcompress_jax.paged.seal_triton import seal_triton
@@ -60,11 +61,14 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
     layout = cache.layout
     # Where no page can have a fine chunk, none is coded, and the tokens need no order.
     fine_rows = layout.fine_rows if cache.fine.shape[0] else 0
+    refined = refined_slots(fine_rows, layout.fine_bits)
     fit_layers = jax.vmap(
-        functools.partial(fit_page, rule=layout.importance, fine_rows=fine_rows),
+        functools.partial(fit_page, rule=layout.importance, refined=refined),
         in_axes=(0, 0, 0, 0, None, 0),
     )
-    code_layers = jax.vmap(functools.partial(code_rows, fine_rows=fine_rows))
+    code_layers = jax.vmap(
+        functools.partial(code_rows, fine_rows=fine_rows, fine_bits=layout.fine_bits)
+    )
     # Where the heads are in its arguments, with layers before them.
     code_axes = (1, 1, 1, HEAD_AXIS, None)
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
@@ -110,14 +114,15 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
                 axes=FIT_AXES,
                 out_axis=1,
             )
+            refines = jnp.asarray(sealing.chunks)[i] >= 0
             if cache.feedback is None:
-                rows = _in_memory(finite, code_layers, keys, values, fit)
+                rows = _in_memory(finite, code_layers, keys, values, fit, None, refines)
             else:
                 code = functools.partial(
                     head_by_head, cache.split, code_layers, axes=code_axes, out_axis=1
                 )
                 feedback = at_position(cache.feedback, sealing.first[i])
-                rows = _in_memory(finite, code, keys, values, fit, feedback, sealing.chunks[i] >= 0)
+                rows = _in_memory(finite, code, keys, values, fit, feedback, refines)
             write = functools.partial(
                 _store_planes,
                 rows=rows,
@@ -174,25 +179,26 @@ def _store_planes(
       cache: updated in place under donation.
       rows: the codes of all layers.
       fit: that they were coded against.
-      fine_rows: tokens of each head that the fine plane covers.
+      fine_rows: of the fine plane, 0 where no page can have one.
       page: i32[].
       chunks: i32[layers], -1 for layers that go to level 2.
     """
-    code = jax.vmap(functools.partial(lay_out, fine_rows=fine_rows))(rows, fit)
+    whole = functools.partial(lay_out, fine_rows=fine_rows, fine_bits=cache.layout.fine_bits)
+    code = jax.vmap(whole)(rows, fit)
 
     def put(pool: jax.Array, x: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(pool, x[:, None], page, axis=1)
 
-    fine = cache.fine
-    if fine.shape[0]:  # indices out of range are dropped
-        fine = fine.at[jnp.where(chunks >= 0, chunks, fine.shape[0])].set(code.fine, mode="drop")
+    pool = cache.fine
+    if pool.shape[0]:  # indices out of range are dropped
+        pool = pool.at[jnp.where(chunks >= 0, chunks, pool.shape[0])].set(code.fine, mode="drop")
     return dataclasses.replace(
         cache,
         base=put(cache.base, code.base),
         key_scale=jax.tree.map(put, cache.key_scale, code.key_scale),
         value_scale=jax.tree.map(put, cache.value_scale, code.value_scale),
         order=put(cache.order, code.order),
-        fine=fine,
+        fine=pool,
         fine_of=put(cache.fine_of, chunks),
     )
 

@@ -42,6 +42,7 @@ def seal_triton(cache: PagedCache, sealing: Sealing, *, interpret: bool = False)
             value_step=cache.value_scale.step,
             value_zero=cache.value_scale.zero,
             order=cache.order,
+            fine_bits=layout.fine_bits,
         ),
         source=jnp.asarray(sealing.raw),
         target=jnp.asarray(sealing.page),
@@ -92,10 +93,10 @@ def _feedback(cache: PagedCache, sealing: Sealing) -> jax.Array | None:
 def _worth(cache: PagedCache, sealing: Sealing, n: int) -> jax.Array | None:
     """f32[n, layers, heads, page_size], or None where no token has more bits than another."""
     layout = cache.layout
-    fine_rows = layout.fine_rows if cache.fine.shape[0] else 0
-    if not 0 < fine_rows < layout.page_size:
+    refined = layout.refined_slots if cache.fine.shape[0] else 0
+    if not 0 < refined < layout.page_size:
         return None
-    fit = functools.partial(fit_page, rule=layout.importance, fine_rows=fine_rows)
+    fit = functools.partial(fit_page, rule=layout.importance, refined=refined)
     fit_layers = jax.vmap(fit, in_axes=(0, 0, 0, 0, None, 0))
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
     shape = (layout.layers, layout.kv_heads, layout.page_size)

@@ -60,13 +60,16 @@ def compress_kv_block(
 
     Raises:
       NonFiniteError: a value is not finite; outside `jit` only, where values can be seen.
-      ValueError: a shape or level that is not one of the above, or a level that `config` lacks.
+      ValueError: a shape or level that is not one of the above, a level that `config` lacks, or a
+        `config` that names `fine_bits=2`: a block may have any number of tokens.
     """
     config = config or CompressionConfig()
     if block.ndim != 4 or block.shape[0] != 2 or block.shape[3] % 2 or block.shape[1] > 256:
         raise ValueError(f"block: expected [2, at most 256, heads, even], got {list(block.shape)}")
     if level not in range(config.levels):
         raise ValueError(f"level: expected 0 to {config.levels - 1}, got {level}")
+    if config.fine_bits == 2:
+        raise ValueError("config: expected fine_bits=4 or None for a block, got 2")
     if level == 0:
         return block
     keys, values = block.swapaxes(1, 2)  # [heads, tokens, dim]

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvcompress_jax.codec import pack, pack_high, pack_low, unpack, unpack_both
+from kvcompress_jax.codec import (
+    pack,
+    pack_high,
+    pack_low,
+    separate_rows,
+    share_rows,
+    unpack,
+    unpack_both,
+)
 
 
 @pytest.mark.parametrize("dim", [2, 64, 96, 128, 256])
@@ -41,3 +49,13 @@ def test_both_nibbles_of_any_byte():
     assert np.array_equal(pack_high(every), pack(every >> jnp.uint8(4)))
     assert np.array_equal(unpack_both(pack_high(every), pack_low(every)), every)
     assert not np.array_equal(unpack_both(pack_low(every), pack_high(every)), every)
+
+
+def test_two_rows_of_two_bits_share_one():
+    codes = 4 * jax.random.randint(jax.random.key(0), (3, 8, 64), 0, 4).astype(jnp.uint8)
+    shared = share_rows(pack(codes))
+    assert shared.shape == (3, 4, 32)
+    assert np.array_equal(unpack(separate_rows(shared)), codes)
+    # The first half of the rows has the lower bits.
+    assert np.array_equal(4 * (unpack(shared) & jnp.uint8(3)), codes[:, :4])
+    assert not np.array_equal(codes[:, 4:], codes[:, :4])

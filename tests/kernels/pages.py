@@ -19,7 +19,7 @@ def raw_pages(page_size: int, dim: int, dtype: str, seed: int = 0) -> jax.Array:
     return raw.astype(dtype)
 
 
-def empty_pools(page_size: int, dim: int, fine_rows: int) -> CodePools:
+def empty_pools(page_size: int, dim: int, fine_rows: int, fine_bits: int = 4) -> CodePools:
     """Pools of 0xAA and NaN."""
     pools = init_pools(
         layers=LAYERS,
@@ -29,6 +29,7 @@ def empty_pools(page_size: int, dim: int, fine_rows: int) -> CodePools:
         page_size=page_size,
         dim=dim,
         fine_rows=fine_rows,
+        fine_bits=fine_bits,
     )
     return jax.tree.map(
         lambda x: jnp.full(x.shape, 0xAA if x.dtype == jnp.uint8 else jnp.nan, x.dtype), pools
@@ -43,7 +44,7 @@ def same_bytes(a: jax.Array, b: jax.Array) -> bool:
 
 def page_of(pools: CodePools, page: int) -> dict[str, np.ndarray]:
     """Everything but the fine plane, all layers."""
-    fields = (f.name for f in dataclasses.fields(pools) if f.name != "fine")
+    fields = (f.name for f in dataclasses.fields(pools) if not f.name.startswith("fine"))
     return {name: np.asarray(getattr(pools, name)[:, page]) for name in fields}
 
 
@@ -64,7 +65,10 @@ def decode_float64(pools: CodePools, page: int, chunks: list[int]) -> np.ndarray
                 position = codes(fields["base"][layer, kind, head], kind, page_size)
                 if rows and chunks[layer] >= 0:
                     fine = np.asarray(pools.fine[chunks[layer], kind, head])
-                    position[:rows] += (codes(fine, kind, rows) - 7.5) / 16
+                    detail = codes(fine, kind, rows)
+                    if pools.fine_bits == 2:  # two slots to a nibble, the first in its lower bits
+                        detail = 4 * np.concatenate([detail % 4, detail // 4])
+                    position[: len(detail)] += (detail - 8) / 16
                 name = "key" if kind == 0 else "value"
                 step = fields[f"{name}_step"][layer, head].astype(np.float64)
                 zero = fields[f"{name}_zero"][layer, head].astype(np.float64)

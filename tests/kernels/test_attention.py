@@ -37,13 +37,17 @@ TUNING = {
 INTERPRETED = functools.partial(attention_triton, tuning=TUNING, interpret=True)
 # page size, dim, group, queries, dtype, ratio of refined tokens, options
 CASES = {
-    "page16": (16, 64, 4, 1, "bfloat16", 0.5, {}),
-    "window-cap": (16, 64, 2, 2, "float16", 0.5, {"window": 20, "soft_cap": 2.0}),
+    "page16": (16, 64, 4, 1, "bfloat16", 0.5, {"fine_bits": 4}),
+    "six-bits": (16, 64, 4, 1, "bfloat16", 0.5, {"fine_bits": 2}),
+    "window-cap": (16, 64, 2, 2, "float16", 0.5, {"window": 20, "soft_cap": 2.0, "fine_bits": 2}),
     "all-refined": (32, 96, 7, 1, "float16", 1.0, {}),
     "prefill": (16, 64, 2, 6, "bfloat16", 0.25, {}),
     "one-head": (16, 128, 1, 1, "bfloat16", 0.5, {}),
-    "sixteen-heads": (16, 256, 16, 1, "float16", 0.5, {}),
-    "float32-queries": (16, 64, 5, 3, "bfloat16", 0.5, {"queries_dtype": "float32"}),
+    "sixteen-heads": (16, 256, 16, 1, "float16", 0.5, {"fine_bits": 2}),
+    "float32-queries": (
+        *(16, 64, 5, 3, "bfloat16", 0.5),
+        {"queries_dtype": "float32", "fine_bits": 4},
+    ),
 }
 
 
@@ -65,7 +69,12 @@ def check_kernels(case, kernels, *, pages):
     page_size, dim, group, queries, dtype, ratio, options = case
     options = dict(options)
     queries_dtype = options.pop("queries_dtype", dtype)
-    config = CompressionConfig(page_size=page_size, window_tokens=page_size, ratio=ratio)
+    config = CompressionConfig(
+        page_size=page_size,
+        window_tokens=page_size,
+        ratio=ratio,
+        fine_bits=options.pop("fine_bits", None),
+    )
     batch = make_batch(config, [5, pages * page_size - 3], head_dim=dim, dtype=dtype)
     q = jax.random.normal(jax.random.key(7), (2, queries, 2 * group, dim), jnp.float32)
     q = q.astype(jnp.dtype(queries_dtype))

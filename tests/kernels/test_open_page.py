@@ -18,19 +18,20 @@ from kvcompress_jax.kernels.open_page.triton import open_page_triton
 from tests.kernels.pages import HEADS, LAYERS, PAGES, decode_float64, empty_pools
 
 OPENED, CHUNK_OF, COUNT = [3, 0, 4], [[6, 1], [-1, 2], [0, 0]], 2  # the third is padding
-# page size, dim, fine rows, dtype, channels of a piece
+# page size, dim, fine rows, dtype, channels of a piece, bits of a refined slot
 SIZES = [
-    (16, 64, 8, "bfloat16", 16),
-    (32, 96, 10, "float16", 16),
-    (16, 128, 16, "float32", 64),
-    (16, 256, 0, "bfloat16", 32),
+    (16, 64, 8, "bfloat16", 16, 4),
+    (32, 96, 10, "float16", 16, 4),
+    (16, 128, 16, "float32", 64, 4),
+    (16, 256, 0, "bfloat16", 32, 4),
+    (32, 96, 16, "float16", 16, 2),
 ]
 
 
-def random_pools(page_size, dim, fine_rows):
+def random_pools(page_size, dim, fine_rows, fine_bits):
     """Random codes and scales in the pages and chunks that are opened, poison elsewhere."""
     random = np.random.default_rng(0)
-    pools = empty_pools(page_size, dim, fine_rows)
+    pools = empty_pools(page_size, dim, fine_rows, fine_bits)
     shuffled = np.tile(np.arange(page_size), (LAYERS, PAGES, HEADS, 1))
     used = np.isin(np.arange(PAGES), OPENED[:COUNT])
 
@@ -66,9 +67,11 @@ def is_decoded(kv, pools, dtype):
     return True
 
 
-@pytest.mark.parametrize(("page_size", "dim", "fine_rows", "dtype", "channels"), SIZES)
-def test_open_page_decodes_what_the_format_says(page_size, dim, fine_rows, dtype, channels):
-    pools = random_pools(page_size, dim, fine_rows)
+@pytest.mark.parametrize(("page_size", "dim", "fine_rows", "dtype", "channels", "fine_bits"), SIZES)
+def test_open_page_decodes_what_the_format_says(
+    page_size, dim, fine_rows, dtype, channels, fine_bits
+):
+    pools = random_pools(page_size, dim, fine_rows, fine_bits)
     tables = {
         "pages": jnp.array(OPENED, jnp.int32),
         "chunks": jnp.array(CHUNK_OF, jnp.int32),

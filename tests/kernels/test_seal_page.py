@@ -13,7 +13,7 @@ from kvcompress_jax.importance import ImportanceRule
 from kvcompress_jax.kernels.seal_page import seal_page
 from kvcompress_jax.kernels.seal_page.reference import seal_page_reference
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
-from kvcompress_jax.paged.page_code import code_page, code_rows, fit_page, lay_out
+from kvcompress_jax.paged.page_code import code_rows, fit_page, lay_out
 from tests.kernels.pages import (
     CHUNKS,
     HEADS,
@@ -31,14 +31,16 @@ N, COUNT = 4, 3
 SOURCE, TARGET = [0, 2, 1, 3], [4, 1, 2, 0]  # the fourth is padding, and its page poison
 CHUNK_OF = [[0, 3], [-1, 6], [1, 2], [4, 5]]
 SINKS = 3  # exact first tokens of the first page
-# page size, dim, fine rows, dtype, channels of a piece
+# page size, dim, fine rows, dtype, channels of a piece, bits of a refined slot
 SIZES = [
-    (16, 64, 8, "bfloat16", 32),
-    (16, 64, 16, "float16", 16),
-    (16, 64, 0, "float32", 32),
-    (32, 96, 10, "bfloat16", 16),
-    (16, 256, 8, "bfloat16", 64),
-    (64, 128, 32, "bfloat16", 32),
+    (16, 64, 8, "bfloat16", 32, 4),
+    (16, 64, 16, "float16", 16, 4),
+    (16, 64, 0, "float32", 32, 4),
+    (32, 96, 10, "bfloat16", 16, 4),
+    (16, 256, 8, "bfloat16", 64, 4),
+    (64, 128, 32, "bfloat16", 32, 4),
+    (16, 64, 8, "float16", 16, 2),
+    (64, 128, 32, "bfloat16", 32, 2),
 ]
 
 
@@ -47,6 +49,7 @@ class Work:
     raw: jax.Array
     fits: object  # PageFit [n, layers, ...]
     worth: jax.Array | None
+    fine_bits: int = 4
 
     @property
     def tables(self):
@@ -61,7 +64,7 @@ class Work:
 
 
 @functools.cache
-def make_work(page_size, dim, fine_rows, dtype):
+def make_work(page_size, dim, fine_rows, dtype, fine_bits=4):
     raw = raw_pages(page_size, dim, dtype)
     kv = raw[:, jnp.array(SOURCE)].swapaxes(0, 1)  # [n, layers, 2, heads, page_size, dim]
     mass = jax.random.uniform(jax.random.key(1), (N, LAYERS, HEADS, page_size))
@@ -69,11 +72,13 @@ def make_work(page_size, dim, fine_rows, dtype):
 
     def fit(kv, mass, exact):
         seen = jnp.arange(page_size, 0, -1, dtype=jnp.float32)
-        return fit_page(kv[0], kv[1], mass, seen, exact, rule=RULE, fine_rows=fine_rows)
+        return fit_page(
+            kv[0], kv[1], mass, seen, exact, rule=RULE, refined=fine_rows * 4 // fine_bits
+        )
 
     layers = jax.vmap(fit, in_axes=(0, 0, None))
     fits = jax.jit(jax.vmap(layers))(kv, mass, exact)
-    return Work(raw, fits, fits.worth)
+    return Work(raw, fits, fits.worth, fine_bits)
 
 
 @functools.partial(jax.jit, static_argnames=("channels", "pairs"))
@@ -86,14 +91,18 @@ def run_triton(work, pools, channels, **changes):
     return _run_triton(work.raw, pools, work.tables | changes, channels)
 
 
-_code_page = jax.jit(code_page, static_argnames="fine_rows")
+@functools.partial(jax.jit, static_argnames=("fine_rows", "fine_bits"))
+def _code_page(keys, values, fit, refines, *, fine_rows, fine_bits):
+    fine = {"fine_rows": fine_rows, "fine_bits": fine_bits}
+    return lay_out(code_rows(keys, values, fit, None, refines, **fine), fit, **fine)
 
 
 def expected_page(work, entry, layer, fine_rows):
     """The paged cache's own code of one page of one layer."""
     fit = jax.tree.map(lambda x: x[entry, layer], work.fits)
     kv = work.raw[layer, SOURCE[entry]]
-    return _code_page(kv[0], kv[1], fit, fine_rows=fine_rows)
+    refines = jnp.asarray(CHUNK_OF[entry][layer] >= 0)
+    return _code_page(*kv, fit, refines, fine_rows=fine_rows, fine_bits=work.fine_bits)
 
 
 def is_the_code(work, pools, fine_rows):
@@ -118,10 +127,12 @@ def is_the_code(work, pools, fine_rows):
     return True
 
 
-@pytest.mark.parametrize(("page_size", "dim", "fine_rows", "dtype", "channels"), SIZES)
-def test_is_the_code_of_the_paged_cache_to_the_byte(page_size, dim, fine_rows, dtype, channels):
-    work = make_work(page_size, dim, fine_rows, dtype)
-    before = empty_pools(page_size, dim, fine_rows)
+@pytest.mark.parametrize(("page_size", "dim", "fine_rows", "dtype", "channels", "fine_bits"), SIZES)
+def test_is_the_code_of_the_paged_cache_to_the_byte(
+    page_size, dim, fine_rows, dtype, channels, fine_bits
+):
+    work = make_work(page_size, dim, fine_rows, dtype, fine_bits)
+    before = empty_pools(page_size, dim, fine_rows, fine_bits)
     after, sealed = run_triton(work, before, channels)
     assert np.array_equal(sealed, [True, True, True, False])
     assert is_the_code(work, after, fine_rows)
@@ -141,10 +152,10 @@ def test_is_the_code_of_the_paged_cache_to_the_byte(page_size, dim, fine_rows, d
             assert same_bytes(before.fine[chunk], after.fine[chunk])
 
 
-@pytest.mark.parametrize(("page_size", "dim", "fine_rows"), [(16, 64, 8), (16, 64, 0)])
-def test_the_reference_is_the_kernel(page_size, dim, fine_rows):
-    work = make_work(page_size, dim, fine_rows, "bfloat16")
-    before = empty_pools(page_size, dim, fine_rows)
+@pytest.mark.parametrize(("fine_rows", "fine_bits"), [(8, 4), (0, 4), (8, 2)])
+def test_the_reference_is_the_kernel(fine_rows, fine_bits):
+    work = make_work(16, 64, fine_rows, "bfloat16", fine_bits)
+    before = empty_pools(16, 64, fine_rows, fine_bits)
     got, sealed = jax.jit(seal_page_reference)(work.raw, before, **work.tables)
     want, _ = run_triton(work, before, 32)
     assert np.array_equal(sealed, [True, True, True, False])
@@ -169,14 +180,15 @@ def fed_code(work, entry, layer, fine_rows, feedback):
     @jax.jit
     def code(keys, values, fit, carry, answer):
         page = PageFeedback(carry=carry, answer=answer)
-        rows = code_rows(keys, values, fit, page, refines, fine_rows=fine_rows)
-        return lay_out(rows, fit, fine_rows=fine_rows)
+        fine = {"fine_rows": fine_rows, "fine_bits": work.fine_bits}
+        rows = code_rows(keys, values, fit, page, refines, **fine)
+        return lay_out(rows, fit, **fine)
 
     return code(kv[0], kv[1], fit, *both)
 
 
 def fed_differences(work, pools, fine_rows, feedback):
-    """Shares of the bytes of keys' base planes, and of all else, that are not the paged cache's.
+    """Shares of the bytes of keys' planes, and of all else, that are not the paged cache's.
 
     Not to the byte: the sum of what a channel owes may be a float32 that rounds the other way, and
     then every code that follows in its token may be another.
@@ -191,27 +203,31 @@ def fed_differences(work, pools, fine_rows, feedback):
             rest.append(np.asarray(page["order"]) != np.asarray(code.order))
             chunk = CHUNK_OF[entry][layer]
             if fine_rows and chunk >= 0:
-                rest.append(np.asarray(pools.fine[chunk]) != np.asarray(code.fine))
+                fine = np.asarray(pools.fine[chunk]) != np.asarray(code.fine)
+                keys.append(fine[0])
+                rest.append(fine[1])
     return [float(np.concatenate([x.ravel() for x in each]).mean()) for each in (keys, rest)]
 
 
 @pytest.mark.parametrize(
-    ("page_size", "dim", "fine_rows", "dtype", "channels"), [SIZES[0], SIZES[2], SIZES[3]]
+    ("page_size", "dim", "fine_rows", "dtype", "channels", "fine_bits"),
+    [SIZES[0], SIZES[2], SIZES[3], SIZES[6]],
 )
-def test_keys_are_fed_back_as_in_the_paged_cache(page_size, dim, fine_rows, dtype, channels):
-    work = make_work(page_size, dim, fine_rows, dtype)
+def test_keys_are_fed_back_as_in_the_paged_cache(
+    page_size, dim, fine_rows, dtype, channels, fine_bits
+):
+    work = make_work(page_size, dim, fine_rows, dtype, fine_bits)
     feedback = feedback_of(dim)
-    before = empty_pools(page_size, dim, fine_rows)
+    before = empty_pools(page_size, dim, fine_rows, fine_bits)
     after, sealed = run_triton(work, before, channels, feedback=feedback)
     assert np.array_equal(sealed, [True, True, True, False])
     keys, rest = fed_differences(work, after, fine_rows, feedback)
     assert rest == 0
     assert keys < 0.01
-    if fine_rows < page_size:  # where all tokens are refined, only pages without a chunk are fed
-        plain, _ = run_triton(work, before, channels)
-        assert fed_differences(work, plain, fine_rows, feedback)[0] > 0.1
-        other = run_triton(work, before, channels, feedback=feedback[:, :, ::-1])[0]
-        assert fed_differences(work, other, fine_rows, feedback)[0] > 0.1
+    plain, _ = run_triton(work, before, channels)
+    assert fed_differences(work, plain, fine_rows, feedback)[0] > 0.1
+    other = run_triton(work, before, channels, feedback=feedback[:, :, ::-1])[0]
+    assert fed_differences(work, other, fine_rows, feedback)[0] > 0.1
     reference, _ = jax.jit(functools.partial(seal_page_reference, pairs=4))(
         work.raw, before, **work.tables | {"feedback": feedback}
     )

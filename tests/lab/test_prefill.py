@@ -52,7 +52,7 @@ def test_the_cache_is_that_of_a_runner_that_read_it(model, prefill, recipe, page
 
 def test_attention_comes_along(model, prefill):
     """The judge can say no: without it, other tokens are refined."""
-    config = dataclasses.replace(RECIPES["balanced"], page_size=16, window_tokens=16)
+    config = dataclasses.replace(RECIPES["mixed"], page_size=16, window_tokens=16)
     orders = []
     for mass in (prefill.mass, prefill.mass[:, ::-1]):
         runner = runner_of(model, config)

@@ -186,6 +186,9 @@ def test_the_tier_that_a_configuration_asks_for(tmp_path):
 def test_codes_that_differ_have_other_names():
     names = {
         code_fingerprint(dataclasses.replace(LAYOUT, **change))
-        for change in ({}, {"head_dim": 4}, {"page_size": 32}, {"fine_rows": 4}, {"layers": 3})
+        for change in (
+            *({}, {"head_dim": 4}, {"layers": 3}, {"fine_bits": 4}),
+            *({"fine_bits": 4, "page_size": 32}, {"fine_bits": 4, "fine_rows": 4}),
+        )
     }
-    assert len(names) == 5 and code_fingerprint(LAYOUT) in names
+    assert len(names) == 6 and code_fingerprint(LAYOUT) in names

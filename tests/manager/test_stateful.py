@@ -200,8 +200,9 @@ class CacheMachine(RuleBasedStateMachine):
             refined = int(host.fine_of[layer, page]) >= 0
             assert refined or layer != 0  # a floor layer never goes below level 1
             order = host.order[layer, page, 0].astype(int)
-            cells = np.full(16, 2.0)
-            cells[order[: LAYOUT.fine_rows]] = 32.0 if refined else 2.0
+            # Half a step; half of a cell where it is refined, and both where it was.
+            off, cell = np.full(16, 0.5), 0.5 / 2**LAYOUT.fine_bits
+            off[order[: LAYOUT.refined_slots]] = cell if refined else 0.5 + cell
             key_step = host.key_scale.step[layer, page, 0].astype(np.float64)[None, :]
             value_step = host.value_scale.step[layer, page, 0].astype(np.float64)
             for g, w, step in zip(
@@ -209,7 +210,7 @@ class CacheMachine(RuleBasedStateMachine):
             ):
                 exact = np.zeros((16, 1), bool)
                 exact[:2] = index == 0 and sink != NONE
-                bound = np.where(exact, 0, step * (1 / cells[:, None] + 2.0**-12))
+                bound = np.where(exact, 0, step * (off[:, None] + 2.0**-12))
                 assert np.all(np.abs(g - w) <= bound)
 
 

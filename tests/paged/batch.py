@@ -90,7 +90,9 @@ def reference_page(cache: PagedCache, layer: int, page: int) -> tuple[np.ndarray
     chunk = int(cache.fine_of[layer, page])
     if chunk >= 0:
         fine = _codes(cache.fine[chunk], cache.layout.head_dim)
-        position[:, :, : fine.shape[2]] += (fine - 7.5) / 16
+        if cache.layout.fine_bits == 2:  # two slots to a nibble, the first in its lower bits
+            fine = 4 * np.concatenate([fine % 4, fine // 4], axis=2)
+        position[:, :, : fine.shape[2]] += (fine - 8) / 16
     scale = lambda s: (  # noqa: E731
         np.asarray(s.step[layer, page], np.float64),
         np.asarray(s.zero[layer, page], np.float64),

@@ -13,6 +13,8 @@ from kvcompress_jax.paged.page_code import PageCode, code_page, encode_page, fit
 from kvcompress_jax.paged.plane_bytes import unpack_planes
 
 PAGES, HEADS, PAGE, DIM, FINE = 6, 2, 32, 64, 16
+# Of a base code in steps: a refined token's is half a cell of 16 further off at most.
+BOUND = 0.5 + 0.5 / 16 + 2.0**-8
 
 
 def are_permutations(order) -> bool:
@@ -41,14 +43,14 @@ def test_the_order_is_a_permutation_when_all_is_one_program(rule):
     code, values = coded(jax.random.key(0))
     assert are_permutations(code.order)
     assert not are_permutations(np.asarray(code.order) // 2 * 2)
-    # Every value is within half a step of what stands in its slot, wherever that is.
+    # Every value is near what stands in its slot, wherever that is.
     stored = jnp.take_along_axis(values, code.order.astype(jnp.int32)[..., None], axis=-2)
     _, position = unpack_planes(code.base, DIM)
     error = jnp.abs(decode(position, code.value_scale, axis=-1) - stored)
-    assert jnp.all(error <= 0.51 * code.value_scale.step[..., None].astype(jnp.float32))
+    assert jnp.all(error <= BOUND * code.value_scale.step[..., None].astype(jnp.float32))
     assert not jnp.all(
         jnp.abs(decode(position, code.value_scale, axis=-1) - values)
-        <= 0.51 * code.value_scale.step[..., None].astype(jnp.float32)
+        <= BOUND * code.value_scale.step[..., None].astype(jnp.float32)
     )
 
 
@@ -58,7 +60,7 @@ def test_encode_is_fit_then_code():
     mass = jax.random.uniform(key, (HEADS, PAGE))
     arguments = (k, v, mass, jnp.ones((PAGE,)), None)
     rule = ImportanceRule()
-    fit = jax.jit(functools.partial(fit_page, rule=rule, fine_rows=FINE))(*arguments)
+    fit = jax.jit(functools.partial(fit_page, rule=rule, refined=FINE))(*arguments)
     two = jax.jit(functools.partial(code_page, fine_rows=FINE))(k, v, fit)
     one = encode_page(*arguments, rule=rule, fine_rows=FINE)
     assert are_permutations(two.order)

@@ -107,3 +107,8 @@ def test_not_finite():
 def test_errors(x, level, message):
     with pytest.raises(ValueError, match=message):
         compress_kv_block(x, level)
+
+
+def test_a_block_cannot_have_six_bits_for_all():
+    with pytest.raises(ValueError, match="config: expected fine_bits=4 or None for a block, got 2"):
+        compress_kv_block(block(), 1, CompressionConfig(fine_bits=2))

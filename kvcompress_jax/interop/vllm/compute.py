@@ -57,7 +57,7 @@ def attend_rows(
     return out, mass
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "fine_rows", "sink_tokens"))
+@functools.partial(jax.jit, static_argnames=("rule", "fine_rows", "fine_bits", "sink_tokens"))
 def code_pages(
     kv: jax.Array,
     mass: jax.Array,
@@ -66,6 +66,7 @@ def code_pages(
     *,
     rule: ImportanceRule,
     fine_rows: int,
+    fine_bits: int,
     sink_tokens: int,
 ) -> tuple[PageCode, jax.Array]:
     """The codes of full pages.
@@ -76,7 +77,7 @@ def code_pages(
       seen: f32[pages, page_size] queries that could see each token.
       first: bool[pages]: the first tokens of the page are kept exactly elsewhere.
       rule: orders the tokens.
-      fine_rows: that have 8 bits.
+      fine_rows, fine_bits: of the fine plane, as in `encode_page`.
       sink_tokens: that are kept exactly.
 
     Returns:
@@ -87,7 +88,7 @@ def code_pages(
     damaged = ~jnp.all(finite, axis=(1, 2, 3, 4))
     kv = jnp.where(finite, kv, jnp.zeros_like(kv))
     exact = first[:, None] & (jnp.arange(kv.shape[3]) < sink_tokens)[None, :]
-    encode = functools.partial(encode_page, rule=rule, fine_rows=fine_rows)
+    encode = functools.partial(encode_page, rule=rule, fine_rows=fine_rows, fine_bits=fine_bits)
     code = jax.vmap(encode)(kv[:, 0], kv[:, 1], mass, seen, exact if sink_tokens else None)
     return code, damaged
 

@@ -141,6 +141,7 @@ class LayerPools:
             first,
             rule=layout.importance,
             fine_rows=layout.fine_rows if self.carve.sizes.fine_chunks else 0,
+            fine_bits=layout.fine_bits,
             sink_tokens=layout.sink_tokens,
         )
         arrays = {

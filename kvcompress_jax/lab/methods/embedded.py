@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.codec import reconstruct, refine
+from kvcompress_jax.codec import reconstruct, refine, separate_rows, unpack
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.feedback import KeyFeedback, at_position
 from kvcompress_jax.importance.policies.base import LayerTokens, attention_mass, queries_that_see
@@ -16,12 +16,11 @@ from kvcompress_jax.paged.layout import INDEX_BYTES
 from kvcompress_jax.paged.page_code import (
     PageCode,
     PageFit,
-    code_page,
     code_rows,
     fit_page,
     lay_out,
 )
-from kvcompress_jax.paged.plane_bytes import unpack_planes
+from kvcompress_jax.paged.plane_bytes import split_planes, unpack_planes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +44,10 @@ class Embedded:
         if self.config.seal_level == 1:
             refined = frozenset(range(layers))
         rows = np.array([self.config.fine_rows if i in refined else 0 for i in range(layers)])
-        return self.planes(context).refined(context, rows)
+        return self.planes(context).refined(context, rows, even=self.config.refining_bits == 2)
 
     def planes(self, context: Context) -> "Planes":
-        """Both planes of every token, whatever the configuration's level and ratio."""
+        """Every token with one plane and with both, whatever the configuration's level."""
         page = self.config.page_size
         heads = context.k.shape[2]
         # Unfinished pages, and pages that reach into the window, stay raw.
@@ -65,8 +64,8 @@ class Embedded:
             else:
                 mass, seen = jnp.zeros((sealed, heads)), jnp.zeros((sealed,))
             fit = functools.partial(
-                fit_page, rule=self.config.importance, fine_rows=page - 1
-            )  # for some rows, so that tokens are ordered
+                fit_page, rule=self.config.importance, refined=page - 1
+            )  # for some of them, so that tokens are ordered
             return jax.vmap(fit)(
                 by_page(layer.k),
                 by_page(layer.v),
@@ -78,59 +77,51 @@ class Embedded:
         fed = self.config.feeds_errors_back and not context.gathered
         feedback = context.feedback if fed else None
         first = jnp.arange(pages, dtype=jnp.int32) * page
-        never = jnp.zeros((pages,), bool)
+        # How tokens are stored: as the base plane alone, with 8 bits, and with 6 if they may be.
+        ways = [(page, 4, False), (page, 4, True)]
+        if self.config.refining_bits == 2:
+            ways.append((page // 2, 2, True))
 
         def code(
             inputs: tuple[LayerTokens, PageFit, KeyFeedback | None],
-        ) -> tuple[jax.Array, ...]:
+        ) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array]:
             layer, fit, feedback = inputs
             keys, values = by_page(layer.k), by_page(layer.v)
-            coded = jax.vmap(functools.partial(code_page, fine_rows=page))(keys, values, fit)
-            alone = coded  # as the base plane is where no fine plane is
+            turned = None
             if feedback is not None:
                 turned = jax.vmap(functools.partial(at_position, feedback))(first)
-                rows = jax.vmap(functools.partial(code_rows, fine_rows=page))(
-                    keys, values, fit, turned, never
+            vectors = []
+            for rows, bits, refines in ways:
+                stored = jnp.full((pages,), refines)
+                coded = jax.vmap(functools.partial(code_rows, fine_rows=rows, fine_bits=bits))(
+                    keys, values, fit, turned, stored
                 )
-                alone = jax.vmap(functools.partial(lay_out, fine_rows=page))(rows, fit)
-            return self._decode(coded, alone.base, layer.index)
+                laid_out = jax.vmap(functools.partial(lay_out, fine_rows=rows, fine_bits=bits))(
+                    coded, fit
+                )
+                vectors.append(_decode(laid_out, bits if refines else 0))
+            return vectors, self._rank(laid_out, layer.index)
 
         if not pages:
             nothing = context.k[:, :0]
             empty = (nothing, nothing)
-            return Planes(self, empty, empty, jnp.zeros(nothing.shape[:3], jnp.int32))
+            return Planes(self, empty, empty, empty, jnp.zeros(nothing.shape[:3], jnp.int32))
         layers = context.per_layer()
         # Two loops: fused, what a token is worth is computed again for every comparison, not always
         # to the same bits, and the order is no permutation.
         fits = jax.lax.map(fit, layers)
-        *vectors, rank = jax.lax.map(code, (layers, fits, feedback))
-        return Planes(self, (vectors[0], vectors[1]), (vectors[2], vectors[3]), rank)
+        (coarse, fine, *even), rank = jax.lax.map(code, (layers, fits, feedback))
+        return Planes(self, coarse, fine, even[0] if even else None, rank)
 
-    def _decode(self, code: PageCode, alone: jax.Array, layer: jax.Array) -> tuple[jax.Array, ...]:
-        """In token order: keys and values [pages * page_size, heads, dim] from the base plane
-        `alone`, the same from both planes of the code, and [pages * page_size, heads] how many
-        tokens of the page are refined before this one."""
+    def _rank(self, code: PageCode, layer: jax.Array) -> jax.Array:
+        """i32[pages * page_size, heads]: so many tokens of the page are refined before this one."""
         pages, heads, page = code.order.shape
-        slot_of_token = jnp.argsort(code.order.astype(jnp.int32), axis=-1)
-        rank = slot_of_token
+        rank = _slot_of_token(code)
         if self.random_selection is not None:
             key = jax.random.fold_in(jax.random.key(self.random_selection), layer)
             draw = jax.random.uniform(key, (pages, heads, page))
             rank = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1)
-        dim = code.key_scale.step.shape[-1]
-        base, fine = (unpack_planes(x, dim) for x in (code.base, code.fine))
-        refined = [x.astype(jnp.float32) + refine(y) for x, y in zip(base, fine, strict=True)]
-        coarse = [x.astype(jnp.float32) for x in unpack_planes(alone, dim)]
-
-        def by_token(x: jax.Array) -> jax.Array:
-            x = jnp.take_along_axis(x, slot_of_token[..., None], axis=-2)
-            return x.swapaxes(1, 2).reshape(pages * page, heads, -1)
-
-        vectors = []
-        for keys, values in (coarse, refined):
-            vectors.append(by_token(reconstruct(keys, code.key_scale, axis=-2)))
-            vectors.append(by_token(reconstruct(values, code.value_scale, axis=-1)))
-        return *vectors, rank.swapaxes(1, 2).reshape(pages * page, heads)
+        return rank.swapaxes(1, 2).reshape(pages * page, heads)
 
     def stored_bits(self, context: Context, rows: np.ndarray) -> int:
         """Of the context, when `rows` [layers] tokens of every page are refined in each layer."""
@@ -141,7 +132,8 @@ class Embedded:
         layout = dataclasses.replace(layout, sink_tokens=context.sinks)
         page = self.config.page_size
         pages = (tokens - context.window) // page if self.config.compresses else 0
-        chunks = [dataclasses.replace(layout, fine_rows=int(n)).fine_chunk_bytes for n in rows]
+        plain = dataclasses.replace(layout, fine_bits=4)  # a row has its bytes, whatever is in it
+        chunks = [dataclasses.replace(plain, fine_rows=int(n)).fine_chunk_bytes for n in rows]
         stored = -(-tokens // page) * 2 * INDEX_BYTES  # the sequence's table
         stored += pages * (layout.sealed_page_bytes + sum(chunks))
         stored += layout.sink_slot_bytes if pages else 0
@@ -149,10 +141,34 @@ class Embedded:
         return 8 * stored
 
 
+def _slot_of_token(code: PageCode) -> jax.Array:
+    return jnp.argsort(code.order.astype(jnp.int32), axis=-1)
+
+
+def _decode(code: PageCode, fine_bits: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [pages * page_size, heads, dim] in token order, refined by so many bits."""
+    pages, heads, page = code.order.shape
+    dim = code.key_scale.step.shape[-1]
+    slot = _slot_of_token(code)[..., None]
+    position = [x.astype(jnp.float32) for x in unpack_planes(code.base, dim)]
+    if fine_bits:
+        packed = split_planes(code.fine, dim)
+        detail = [unpack(separate_rows(x) if fine_bits == 2 else x) for x in packed]
+        position = [x + refine(y) for x, y in zip(position, detail, strict=True)]
+    keys = reconstruct(position[0], code.key_scale, axis=-2)
+    values = reconstruct(position[1], code.value_scale, axis=-1)
+
+    def by_token(x: jax.Array) -> jax.Array:
+        x = jnp.take_along_axis(x, slot, axis=-2)
+        return x.swapaxes(1, 2).reshape(pages * page, heads, -1)
+
+    return by_token(keys), by_token(values)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Planes:
-    """The sealed tokens of a context, coarse and fine, so that any mixture is a selection.
+    """The sealed tokens of a context, with 4, 6 and 8 bits, so that any mixture is a selection.
 
     `rank` says how many tokens of the same page and head are refined before a token.
     """
@@ -160,17 +176,24 @@ class Planes:
     method: Embedded = dataclasses.field(metadata={"static": True})
     coarse: tuple[jax.Array, jax.Array]  # f32[layers, sealed, heads, dim], keys and values
     fine: tuple[jax.Array, jax.Array]  # like coarse
+    even: tuple[jax.Array, jax.Array] | None  # like coarse; None: no page is refined evenly
     rank: jax.Array  # i32[layers, sealed, heads]
 
-    def refined(self, context: Context, rows: np.ndarray) -> Compressed:
-        """The context with the first tokens of every page refined.
+    def refined(self, context: Context, rows: np.ndarray, *, even: bool = False) -> Compressed:
+        """The context with the first tokens of every page refined, or all of them.
 
         Args:
           context: that the planes are of.
-          rows: int[layers], tokens of a page and head that have both planes.
+          rows: int[layers], of the fine plane of a page and head.
+          even: rows are of 2 bits for every token: half a page of them, or none.
         """
         sealed = self.rank.shape[1]
-        chosen = self.rank < jnp.asarray(rows, jnp.int32)[:, None, None]
+        of_layer = jnp.asarray(rows, jnp.int32)[:, None, None]
+        chosen = jnp.broadcast_to(of_layer > 0, self.rank.shape) if even else self.rank < of_layer
+        refined = self.fine
+        if even:
+            assert self.even is not None
+            refined = self.even
         first = jnp.arange(context.tokens, dtype=jnp.int32) < context.sinks
 
         def mixed(whole: jax.Array, coarse: jax.Array, fine: jax.Array) -> jax.Array:
@@ -179,8 +202,8 @@ class Planes:
             return jnp.where(first[None, :, None, None], whole, coded)
 
         return Compressed(
-            keys=mixed(context.k, self.coarse[0], self.fine[0]),
-            values=mixed(context.v, self.coarse[1], self.fine[1]),
+            keys=mixed(context.k, self.coarse[0], refined[0]),
+            values=mixed(context.v, self.coarse[1], refined[1]),
             keep=None,
             stored_bits=self.method.stored_bits(context, rows),
         )

@@ -133,11 +133,11 @@ METHODS: dict[str, Factory] = {
     **_QUANTISERS,
     "embedded-nearest": _nearest,
     "random-selection": functools.partial(
-        _mixed, Embedded(config=RECIPES["balanced"], random_selection=0)
+        _mixed, Embedded(config=RECIPES["mixed"], random_selection=0)
     ),
     **{
         f"importance-{name}": functools.partial(
-            _mixed, Embedded(config=dataclasses.replace(RECIPES["balanced"], magnitude=name))
+            _mixed, Embedded(config=dataclasses.replace(RECIPES["mixed"], magnitude=name))
         )
         for name in MAGNITUDES
     },
