@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu.markdown import row
+from benchmarks.gpu.roofline import EVEN
 
 OPS = ("op/size", "µs", "of copy bandwidth", "XLA, µs", "XLA / kernel")
 ATTENTION = (
@@ -30,9 +31,9 @@ ATTENTION_HEAD = """
 One layer of a decode step, all that `attend` does; 32 follow each other in one program, over four
 layers of a cache. *raw / this* is attention to an uncompressed paged cache by the same
 implementation, *XLA / this* the plain XLA path at the same level. *Level 1* has 8 bits for all
-tokens, *mixed* for half of them and 4 bits for the others, *even* 6 for all in the same bytes,
-*level 2* 4 bits for all.
+tokens, *mixed* for half of them and 4 bits for the others, *level 2* 4 bits for all.
 """
+EVEN_HEAD = "*Even* has 6 bits for all tokens, in as many bytes as *mixed*.\n"
 
 
 def times_page(result: Mapping[str, Any]) -> str:
@@ -40,7 +41,9 @@ def times_page(result: Mapping[str, Any]) -> str:
     copied = result["copy_bytes_per_second"] / 1e9
     parts = [HEAD.format(**result, copied=copied)]
     if result["attention"]:
-        parts += [ATTENTION_HEAD, _markdown(ATTENTION, _attention(result))]
+        timed = {row["level"] for row in result["attention"]}
+        parts += [ATTENTION_HEAD, *([EVEN_HEAD] if EVEN in timed else [])]
+        parts += [_markdown(ATTENTION, _attention(result))]
     if result["ops"]:
         parts += ["\n## Ops\n", _markdown(OPS, _ops(result))]
     return "\n".join(parts) + "\n"

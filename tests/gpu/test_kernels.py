@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is
 # page size, dim, group, queries, dtype, ratio of refined tokens, options
 SIZES = CASES | {
     "page64": (64, 128, 4, 1, "bfloat16", 0.5, {}),
+    "page64-mixed": (64, 128, 4, 1, "bfloat16", 0.5, {"fine_bits": 4}),
     "seven-heads": (64, 128, 7, 1, "bfloat16", 0.25, {}),
     "page128-fine": (128, 128, 8, 1, "float16", 1.0, {}),
     "page64-window": (64, 256, 4, 1, "bfloat16", 0.5, {"window": 100}),
@@ -47,7 +48,7 @@ def test_attention_is_that_of_float64(case):
 @pytest.mark.parametrize("size", decode_cases.MOSAIC_SIZES, ids=str)
 def test_mosaic_attention_is_that_of_float64(size):
     page_size, dim, fine_rows, group, dtype, options = size
-    options = {"window": 100} if options == "window" else {}
+    options = {"fine_bits": 4} | ({"window": 100} if options == "window" else {})
     case = (page_size, dim, group, 1, dtype, fine_rows / page_size, options)
     try:
         check_kernels(case, [attention_mosaic], pages=9)
@@ -55,7 +56,9 @@ def test_mosaic_attention_is_that_of_float64(size):
         pytest.skip(str(e))
 
 
-@pytest.mark.parametrize("settings", [{}, {"seal_level": 2}, {"enabled": False}, {"levels": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"fine_bits": 4}, {"seal_level": 2}, {"enabled": False}, {"levels": 2}], ids=str
+)
 def test_attend_takes_the_kernel(settings):
     config = CompressionConfig(**({"page_size": 64, "window_tokens": 64} | settings))
     batch = make_batch(config, [1, 70, 203, 700], head_dim=128, dtype="bfloat16")
@@ -71,10 +74,11 @@ def test_attend_takes_the_kernel(settings):
     assert FALLBACKS.total() == before
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-def test_sealing_is_that_of_xla(ordered):
-    cache = make_cache(shadow_pages=2) if ordered else make_cache(fine_rows=0)
-    shadow = jnp.array([1, -1, 0, -1], jnp.int32) if ordered else None
+@pytest.mark.parametrize("change", [{}, {"fine_rows": 0}, {"fine_bits": 2}], ids=str)
+def test_sealing_is_that_of_xla(change):
+    cache, shadow = make_cache(**change), None
+    if not change:
+        cache, shadow = make_cache(shadow_pages=2), jnp.array([1, -1, 0, -1], jnp.int32)
     before = FALLBACKS.total()
     got, want = jax.jit(seal)(cache, work(shadow)), jax.jit(seal_xla)(cache, work(shadow))
     assert FALLBACKS.total() == before
@@ -91,8 +95,9 @@ def test_sealing_is_that_of_xla(ordered):
         assert disagreement(a.zero[:, written], b.zero[:, written]) is None, field
 
 
-def test_sealing_with_feedback_is_that_of_xla_but_for_last_bits():
-    cache = make_cache(feedback=make_feedback())
+@pytest.mark.parametrize("fine_bits", [4, 2])
+def test_sealing_with_feedback_is_that_of_xla_but_for_last_bits(fine_bits):
+    cache = make_cache(feedback=make_feedback(), fine_bits=fine_bits)
     got, want = jax.jit(seal)(cache, work()), jax.jit(seal_xla)(cache, work())
     plain = jax.jit(seal_xla)(dataclasses.replace(cache, feedback=None), work())
     written = jnp.array([1, 3])

@@ -17,10 +17,13 @@ from tests.paged.batch import make_batch
 
 # page size, dim, group, queries, dtype, ratio of refined tokens, options
 CASES = {
-    "llama": (64, 128, 4, 1, "bfloat16", 0.5, {}),
-    "window-cap": (64, 128, 2, 3, "float16", 0.5, {"window": 70, "soft_cap": 2.0}),
+    "llama": (64, 128, 4, 1, "bfloat16", 0.5, {"fine_bits": 4}),
+    "window-cap": (
+        *(64, 128, 2, 3, "float16", 0.5),
+        {"window": 70, "soft_cap": 2.0, "fine_bits": 4},
+    ),
     "all-refined": (64, 256, 7, 1, "float16", 1.0, {}),
-    "large-pages": (128, 128, 16, 1, "bfloat16", 0.5, {}),
+    "large-pages": (128, 128, 16, 1, "bfloat16", 0.5, {"fine_bits": 4}),
 }
 SETTINGS = {"window": None, "soft_cap": None, "return_mass": False}
 
@@ -37,8 +40,9 @@ def test_kernel(case):
 
 
 def test_what_it_refuses(monkeypatch):
-    def refused(reason, *, page_size=64, dim=128, group=4, dtype="bfloat16", ratio=0.5):
-        config = CompressionConfig(page_size=page_size, window_tokens=page_size, ratio=ratio)
+    def refused(reason, *, page_size=64, dim=128, group=4, dtype="bfloat16", **settings):
+        settings = {"fine_bits": 4} | settings
+        config = CompressionConfig(page_size=page_size, window_tokens=page_size, **settings)
         batch = make_batch(config, [9], head_dim=dim, dtype=dtype, settle=False)
         pools, lists = kernel_inputs(batch.cache, batch.table())
         q, one = jnp.zeros((1, 1, 2 * group, dim), dtype), jnp.ones((1,), jnp.int32)
@@ -54,6 +58,7 @@ def test_what_it_refuses(monkeypatch):
     refused(r"page_size: expected one of \(64, 128\), got 32", page_size=32)
     refused(r"dim: expected one of \(128, 256\), got 96", dim=96)
     refused(r"fine_rows: expected one of \(0, 32, 64, 128\), got 16", ratio=0.25)
+    refused("fine_bits: expected 4, got 2", fine_bits=2)
     refused(r"q: expected at most 8 queries .* where dim is 256, got 9", dim=256, group=9)
     monkeypatch.setattr(mosaic, "_capability", lambda: (8, 0))
     batch, q, pools, lists, one = refused("device: expected sm_90 or newer, got sm_80")
