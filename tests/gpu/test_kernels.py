@@ -57,7 +57,9 @@ def test_mosaic_attention_is_that_of_float64(size):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"fine_bits": 4}, {"seal_level": 2}, {"enabled": False}, {"levels": 2}], ids=str
+    "settings",
+    [{}, {"fine_bits": 4}, {"seal_level": 2}, {"enabled": False}, {"levels": 2}],
+    ids=str,
 )
 def test_attend_takes_the_kernel(settings):
     config = CompressionConfig(**({"page_size": 64, "window_tokens": 64} | settings))
