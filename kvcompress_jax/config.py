@@ -58,9 +58,10 @@ class CompressionConfig:
       attention: name of the attention score, see `kvcompress_jax.importance.ATTENTIONS`.
       learned_importance: file of a trained importance (`kvcompress train-importance`); None: the
         attention that a token got so far stands in its place.
-      error_feedback: whether keys of tokens with 4 bits are rounded so that their errors cancel in
-        the logits (`kvcompress_jax.feedback`). None: yes, where it can be had: in the engine of
-        this package, which probes the model, but not inside vLLM.
+      error_feedback: whether keys are rounded so that their errors cancel in the logits
+        (`kvcompress_jax.feedback`). None: yes, where it can be had, in the engine of this package,
+        which probes the model, but not inside vLLM; and where it shows, with three levels: of 8
+        bits for all, a bfloat16 cache hides what it gains.
       telemetry_share: share of the steps in which the error of compression is measured, 0 to 1; 0:
         never, and nothing is kept for it.
       telemetry_pages: sealed pages that keep a raw copy on the device to measure it with.
@@ -132,7 +133,6 @@ class CompressionConfig:
         )
         if self.error_feedback:
             _check(self.profile is None, "error_feedback", "no profile beside it", self.profile)
-            _check(self.levels == 3, "error_feedback", "levels=3 beside it", self.levels)
         if self.profile is not None:
             _check(not self.floor_layers, "floor_layers", "none with a profile", self.floor_layers)
             _check(after is None, "demote_after_tokens", "None with a profile", after)
@@ -297,10 +297,10 @@ class CompressionConfig:
 
     @property
     def feeds_errors_back(self) -> bool:
-        """Whether keys are rounded with error feedback, where a model can be probed for it. With
-        two levels no key has 4 bits, and a calibrated code rounds in another basis."""
-        some = self.compresses and self.levels == 3 and self.profile is None
-        return some and self.error_feedback is not False
+        """Whether keys are rounded with error feedback, where a model can be probed for it. A
+        calibrated code rounds in another basis."""
+        wanted = self.levels == 3 if self.error_feedback is None else self.error_feedback
+        return self.compresses and self.profile is None and wanted
 
     @property
     def keeps_fine_planes(self) -> bool:

@@ -124,7 +124,7 @@ class Embedded:
         return rank.swapaxes(1, 2).reshape(pages * page, heads)
 
     def stored_bits(self, context: Context, rows: np.ndarray) -> int:
-        """Of the context, when `rows` [layers] tokens of every page are refined in each layer."""
+        """Of the context, with `rows` [layers] of the fine plane in every page of each layer."""
         layers, tokens, heads, dim = context.k.shape
         layout = self.config.layout(
             layers=layers, kv_heads=heads, head_dim=dim, dtype=context.kv_dtype
