@@ -97,9 +97,12 @@ def seal_page_triton(
 
 def fed_tuning(page_size: int) -> Tuning:
     """Settings with feedback, which needs registers for all that is fed: four numbers of an array
-    in each thread are what compiles without a spill."""
-    warps = min(8, page_size // 16)
-    return {"num_warps": warps, "num_stages": 1, "channels": 8 if page_size < 256 else 4}
+    in each thread, two with large pages, are what compiles without a spill."""
+    return {
+        "num_warps": page_size // 16,
+        "num_stages": 1,
+        "channels": 8 if page_size < 256 else 4,
+    }
 
 
 _POOLS = ("base", "key_step", "key_zero", "value_step", "value_zero", "order", "fine")
