@@ -27,7 +27,7 @@ SHAPES = {
     "Llama-3-8B-like, 4 layers": (4, 8, 128),
     "Gemma-3-1B-like, 4 layers": (4, 1, 256),
 }
-RECIPES = ("safe", "balanced", "compact")
+RECIPES = ("safe", "balanced", "mixed", "compact")
 
 
 def check(heads: int, dim: int) -> None:
@@ -46,6 +46,7 @@ def main() -> None:
     """Checks, times and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, three repeats")
+    parser.add_argument("--nearest", action="store_true", help="without error feedback")
     args = parser.parse_args()
     shapes = dict(list(SHAPES.items())[:1]) if args.quick else SHAPES
     repeats = 3 if args.quick else 7
@@ -60,9 +61,8 @@ def main() -> None:
         for recipe in RECIPES:
             config = CompressionConfig.recipe(recipe)
             layout = config.layout(layers=layers, kv_heads=heads, head_dim=dim)
-            times = time_pages(
-                layout, level=config.seal_level, fed=config.feeds_errors_back, repeats=repeats
-            )
+            fed = config.feeds_errors_back and not args.nearest
+            times = time_pages(layout, level=config.seal_level, fed=fed, repeats=repeats)
             table.add_row(
                 name,
                 recipe,
