@@ -87,15 +87,16 @@ class Measured:
 
 
 def settings_digest(config: CompressionConfig) -> str:
-    """SHA-256 of everything that fidelity depends on: fields that are not at their default, and
-    the contents of the files that they name.
+    """SHA-256 of everything that fidelity depends on: the version of the code, fields that are not
+    at their default, and the contents of the files that they name.
 
     Raises:
       ConfigError: such a file cannot be read.
     """
+    from kvcompress_jax.codec import CODE_VERSION
     from kvcompress_jax.config import FILES, ConfigError
 
-    said: dict[str, object] = {}
+    said: dict[str, object] = {"code": CODE_VERSION}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in _WITHOUT_EFFECT or value == field.default:

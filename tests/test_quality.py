@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from kvcompress_jax import codec
 from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.quality import (
     Measured,
@@ -49,6 +50,14 @@ def test_nothing_to_keep():
     ):
         admit(config, "any")
         assert unmeasured(config, "any") is None
+
+
+def test_a_measurement_is_of_one_version_of_the_code(monkeypatch):
+    """The same settings may give other codes in another version."""
+    config = measured(CompressionConfig(bound=BOUND))
+    assert unmeasured(config, "this") is None
+    monkeypatch.setattr(codec, "CODE_VERSION", codec.CODE_VERSION + 1)
+    assert unmeasured(config, "this") == "it was changed since it was measured"
 
 
 def test_a_measurement_is_of_one_model_and_of_all_settings_that_matter(tmp_path):

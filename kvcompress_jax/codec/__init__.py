@@ -16,6 +16,7 @@ from kvcompress_jax.codec.packing import (
     unpack_both,
 )
 from kvcompress_jax.codec.planes import (
+    CODE_VERSION,
     decode,
     encode,
     encode_bytes,
@@ -27,6 +28,7 @@ from kvcompress_jax.codec.rounding import narrow
 from kvcompress_jax.codec.scale import Scale, fit_scale
 
 __all__ = [
+    "CODE_VERSION",
     "NonFiniteError",
     "Scale",
     "all_finite",

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from kvcompress_jax.codec import CODE_VERSION
 from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.paged.layout import CacheLayout
 
 if TYPE_CHECKING:
     from kvcompress_jax.storage import DiskTier
-
-# What planes in files mean beyond their shapes; another number when that changes.
-CODE_VERSION = 2
 
 
 def open_disk_tier(
