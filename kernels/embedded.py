@@ -76,6 +76,12 @@ def split(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     return codes >> 4, codes & 15
 
 
+def separate(shared: jax.Array) -> jax.Array:
+    """Fine codes in rows that two slots share, i32[..., rows, n], to those of the slots, i32[...,
+    2 * rows, n]."""
+    return jnp.concatenate([(shared & 3) << 2, shared & 12], axis=-2)
+
+
 def of_slot(packed: jax.Array, slot: jax.Array, fine_rows: int) -> jax.Array:
     """Of packed fine codes, u8[...], in rows that two slots share: those of `slot`, i32,
     broadcastable to them."""

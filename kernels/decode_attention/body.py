@@ -53,7 +53,7 @@ class Plan:
     page_size: int
     half: int  # of dim
     fine_rows: int
-    fine_bits: int
+    refined_slots: int  # more than fine_rows where two slots share a row
     sink_tokens: int
     queries: int
     group: int  # query heads of a KV head
@@ -66,11 +66,6 @@ class Plan:
     sealed: bool  # whether there are sealed pages at all
     interpret: bool
     widest: int  # channels of a piece, at most
-
-    @property
-    def refined_slots(self) -> int:
-        """Slots that a fine chunk refines."""
-        return self.fine_rows * 4 // self.fine_bits
 
     @property
     def tiles(self) -> int:
@@ -199,7 +194,7 @@ def _sealed_page(
             mask = jnp.broadcast_to(refined[:, None] if kind == 0 else refined[None, :], at.shape)
         there = refs["fine"].at[chunk, kind, head, at]
         detail = plt.load(there, mask=mask, other=None if mask is None else jnp.uint8(0))
-        if plan.fine_bits == 2:
+        if plan.refined_slots > plan.fine_rows:
             own = slot[:, None] if kind == 0 else slot[None, :]
             detail = embedded.of_slot(detail, own, plan.fine_rows)
         return unpack_fine(base, detail, interpret=plan.interpret)

@@ -129,7 +129,7 @@ def _decode(
         if fine_rows:
             fine = plane(codes.fine[jnp.maximum(chunk, 0)], kind, fine_rows)
             if codes.fine_bits == 2:
-                fine = jnp.concatenate([(fine & 3) << 2, fine & 12], axis=-2)
+                fine = embedded.separate(fine)
             fine = jnp.where((chunk >= 0)[..., None, None, None], embedded.refine(fine), 0.0)
             detail = detail.at[..., : codes.refined_slots, :].set(fine)
         axis = -2 if kind == 0 else -1

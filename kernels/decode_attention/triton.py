@@ -61,7 +61,7 @@ def attention_triton(
         page_size=page_size,
         half=dim // 2,
         fine_rows=codes.fine_rows,
-        fine_bits=codes.fine_bits,
+        refined_slots=codes.refined_slots,
         sink_tokens=pools.sink_tokens,
         queries=queries,
         group=group,

@@ -30,7 +30,7 @@ def open_page_reference(
         pad = ((0, 0),) * 3 + ((0, pools.page_size - pools.refined_slots), (0, 0))
         detail = codes(pools.fine[chunk])
         if pools.fine_bits == 2:
-            detail = tuple(jnp.concatenate([(x & 3) << 2, x & 12], axis=-2) for x in detail)
+            detail = tuple(embedded.separate(x) for x in detail)
         keys, values = (jnp.pad(jnp.where(there, embedded.refine(x), 0.0), pad) for x in detail)
         fine = keys, values
     key_base, value_base = codes(pools.base[:, pages])

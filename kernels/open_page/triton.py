@@ -55,7 +55,7 @@ def open_page_triton(
             dim=dim,
             page_size=page_size,
             fine_rows=pools.fine_rows,
-            fine_bits=pools.fine_bits,
+            refined_slots=pools.refined_slots,
             channels=channels,
         ),
         name="open_page",
@@ -71,7 +71,7 @@ def open_page_triton(
     return kv.reshape(layers, n, 2, heads, page_size, dim)
 
 
-def _kernel(*refs, dim, page_size, fine_rows, fine_bits, channels):  # type: ignore[no-untyped-def]
+def _kernel(*refs, dim, page_size, fine_rows, refined_slots, channels):  # type: ignore[no-untyped-def]
     pages, chunks, count, base, key_step, key_zero, value_step, value_zero, order_pool = refs[:9]
     fine, out = refs[9] if fine_rows else None, refs[-1]
     i, layer, head = (pl.program_id(axis) for axis in range(3))
@@ -82,7 +82,7 @@ def _kernel(*refs, dim, page_size, fine_rows, fine_bits, channels):  # type: ign
         page, chunk = pages[i], chunks[i, layer]
         slot = lax.iota(jnp.int32, page_size)
         order = order_pool[layer, page, head, :].astype(jnp.int32)
-        refined = (slot < fine_rows * 4 // fine_bits) & (chunk >= 0)
+        refined = (slot < refined_slots) & (chunk >= 0)
         step = value_step[layer, page, head, :][:, None]
         zero = value_zero[layer, page, head, :][:, None]
         column = lax.iota(jnp.int32, channels)
@@ -110,7 +110,7 @@ def _kernel(*refs, dim, page_size, fine_rows, fine_bits, channels):  # type: ign
                     there = fine.at[jnp.maximum(chunk, 0), kind, head, where]
                     mask = jnp.broadcast_to(mask, where.shape)
                     packed = plt.load(there, mask=mask, other=jnp.uint8(0))
-                    if fine_bits == 2:
+                    if refined_slots > fine_rows:
                         own = slot[:, None] if kind == 0 else slot[None, :]
                         packed = embedded.of_slot(packed, own, fine_rows)
                     detail = tuple(

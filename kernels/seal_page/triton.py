@@ -72,7 +72,7 @@ def seal_page_triton(
             dim=dim,
             page_size=page_size,
             fine_rows=pools.fine_rows,
-            fine_bits=pools.fine_bits,
+            refined_slots=pools.refined_slots,
             cells=pools.cells,
             channels=channels,
         ),
@@ -109,7 +109,7 @@ _POOLS = ("base", "key_step", "key_zero", "value_step", "value_zero", "order", "
 
 
 def _kernel(  # type: ignore[no-untyped-def]
-    *refs, ordered, rank, pairs, dim, page_size, fine_rows, fine_bits, cells, channels
+    *refs, ordered, rank, pairs, dim, page_size, fine_rows, refined_slots, cells, channels
 ):
     raw, source, target, chunks, count, exact = refs[:6]
     worth = refs[6] if ordered else None
@@ -126,7 +126,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         order = slot if worth is None else _order(worth, i, layer, head, page_size)
         order_pool[layer, into, head, :] = order.astype(jnp.uint8)
         counted = order >= exact[i]
-        refined = (slot < fine_rows * 4 // fine_bits) & (chunk >= 0)
+        refined = (slot < refined_slots) & (chunk >= 0)
         stored = jnp.where(refined, jnp.float32(cells), jnp.float32(1))[:, None]
         column = lax.iota(jnp.int32, channels)
 
@@ -144,7 +144,9 @@ def _kernel(  # type: ignore[no-untyped-def]
                     continue
                 packed = embedded.pack(*codes)
                 row, there = slot, refined
-                if plane == 1 and fine_bits == 2:  # two slots to a row, whose bits do not overlap
+                if (
+                    plane == 1 and refined_slots > fine_rows
+                ):  # two slots to a row, whose bits do not overlap
                     pair = packed.astype(jnp.int32).reshape(2, fine_rows, channels)
                     lower = lax.broadcasted_iota(jnp.int32, pair.shape, 0) == 0
                     packed = jnp.sum(jnp.where(lower, pair >> 2, pair), axis=0).astype(jnp.uint8)

@@ -18,7 +18,6 @@ from kvcompress_jax.codec import (
     fit_scale,
     pack_high,
     pack_low,
-    share_rows,
 )
 from kvcompress_jax.codec.planes import FINE_CELLS
 from kvcompress_jax.feedback import PageFeedback, encode_with_feedback
@@ -29,7 +28,7 @@ from kvcompress_jax.importance import (
     token_error,
 )
 from kvcompress_jax.importance.combine import order_tokens
-from kvcompress_jax.paged.plane_bytes import join_planes, refined_slots
+from kvcompress_jax.paged.plane_bytes import join_fine, join_planes, refined_slots
 
 
 @jax.tree_util.register_dataclass
@@ -240,12 +239,9 @@ def lay_out(rows: PageRows, fit: PageFit, *, fine_rows: int, fine_bits: int = 4)
         value_scale = Scale(
             step=_take(value_scale.step, rows.order), zero=_take(value_scale.zero, rows.order)
         )
-    detail = pack_low(fine[0]), pack_low(fine[1])
-    if fine_bits == 2:
-        detail = share_rows(detail[0]), share_rows(detail[1])
     return PageCode(
         base=join_planes(pack_high(base[0]), pack_high(base[1])),
-        fine=join_planes(*detail),
+        fine=join_fine(pack_low(fine[0]), pack_low(fine[1]), fine_bits),
         key_scale=fit.key_scale,
         value_scale=value_scale,
         order=rows.order.astype(jnp.uint8),

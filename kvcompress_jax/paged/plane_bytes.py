@@ -11,7 +11,7 @@ slot rows + i in the upper two.
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.codec import pack, unpack
+from kvcompress_jax.codec import pack, separate_rows, share_rows, unpack
 
 
 def refined_slots(fine_rows: int, fine_bits: int) -> int:
@@ -24,6 +24,21 @@ def join_planes(keys: jax.Array, values: jax.Array) -> jax.Array:
     flat = (*keys.shape[:-2], keys.shape[-2] * keys.shape[-1])
     halves = keys.reshape(flat), values.swapaxes(-1, -2).reshape(flat)
     return jnp.stack(halves, axis=-3)
+
+
+def join_fine(keys: jax.Array, values: jax.Array, fine_bits: int) -> jax.Array:
+    """Packed fine codes of refined slots, u8[..., heads, slots, dim/2] each, to a fine plane."""
+    if fine_bits == 2:
+        keys, values = share_rows(keys), share_rows(values)
+    return join_planes(keys, values)
+
+
+def split_fine(plane: jax.Array, dim: int, fine_bits: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `join_fine`."""
+    keys, values = split_planes(plane, dim)
+    if fine_bits == 2:
+        return separate_rows(keys), separate_rows(values)
+    return keys, values
 
 
 def pack_planes(keys: jax.Array, values: jax.Array) -> jax.Array:

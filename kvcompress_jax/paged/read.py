@@ -11,12 +11,11 @@ from kvcompress_jax.codec import (
     narrow,
     reconstruct,
     refined_position,
-    separate_rows,
     unpack,
     unpack_both,
 )
 from kvcompress_jax.paged.cache import PagedCache
-from kvcompress_jax.paged.plane_bytes import split_planes
+from kvcompress_jax.paged.plane_bytes import split_fine, split_planes
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -127,10 +126,8 @@ def _fine_rows(
     has = chunk >= 0 if live is None else live & (chunk >= 0)
     fine = cache.fine[jnp.where(has, chunk, 0)]
     has = has[..., None, None, None]
-    keys, values = split_planes(jnp.where(has, fine, jnp.uint8(0)), cache.layout.head_dim)
-    if cache.layout.fine_bits == 2:
-        return (separate_rows(keys), separate_rows(values)), has
-    return (keys, values), has
+    fine, layout = jnp.where(has, fine, jnp.uint8(0)), cache.layout
+    return split_fine(fine, layout.head_dim, layout.fine_bits), has
 
 
 def _positions(base: jax.Array, fine: jax.Array, has: jax.Array) -> jax.Array:

@@ -23,7 +23,6 @@ from kvcompress_jax.paged.page_code import (
     fit_page,
     lay_out,
 )
-from kvcompress_jax.paged.plane_bytes import refined_slots
 from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.seal_rows import seal_rows
 from kvcompress_jax.paged.seal_triton import seal_triton
@@ -61,7 +60,7 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
     layout = cache.layout
     # Where no page can have a fine chunk, none is coded, and the tokens need no order.
     fine_rows = layout.fine_rows if cache.fine.shape[0] else 0
-    refined = refined_slots(fine_rows, layout.fine_bits)
+    refined = layout.refined_slots if fine_rows else 0
     fit_layers = jax.vmap(
         functools.partial(fit_page, rule=layout.importance, refined=refined),
         in_axes=(0, 0, 0, 0, None, 0),
@@ -189,16 +188,16 @@ def _store_planes(
     def put(pool: jax.Array, x: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(pool, x[:, None], page, axis=1)
 
-    pool = cache.fine
-    if pool.shape[0]:  # indices out of range are dropped
-        pool = pool.at[jnp.where(chunks >= 0, chunks, pool.shape[0])].set(code.fine, mode="drop")
+    fine = cache.fine
+    if fine.shape[0]:  # indices out of range are dropped
+        fine = fine.at[jnp.where(chunks >= 0, chunks, fine.shape[0])].set(code.fine, mode="drop")
     return dataclasses.replace(
         cache,
         base=put(cache.base, code.base),
         key_scale=jax.tree.map(put, cache.key_scale, code.key_scale),
         value_scale=jax.tree.map(put, cache.value_scale, code.value_scale),
         order=put(cache.order, code.order),
-        fine=pool,
+        fine=fine,
         fine_of=put(cache.fine_of, chunks),
     )
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.codec import reconstruct, refine, separate_rows, unpack
+from kvcompress_jax.codec import reconstruct, refine, unpack
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.feedback import KeyFeedback, at_position
 from kvcompress_jax.importance.policies.base import LayerTokens, attention_mass, queries_that_see
@@ -20,7 +20,7 @@ from kvcompress_jax.paged.page_code import (
     fit_page,
     lay_out,
 )
-from kvcompress_jax.paged.plane_bytes import split_planes, unpack_planes
+from kvcompress_jax.paged.plane_bytes import split_fine, unpack_planes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,8 +152,7 @@ def _decode(code: PageCode, fine_bits: int) -> tuple[jax.Array, jax.Array]:
     slot = _slot_of_token(code)[..., None]
     position = [x.astype(jnp.float32) for x in unpack_planes(code.base, dim)]
     if fine_bits:
-        packed = split_planes(code.fine, dim)
-        detail = [unpack(separate_rows(x) if fine_bits == 2 else x) for x in packed]
+        detail = [unpack(x) for x in split_fine(code.fine, dim, fine_bits)]
         position = [x + refine(y) for x, y in zip(position, detail, strict=True)]
     keys = reconstruct(position[0], code.key_scale, axis=-2)
     values = reconstruct(position[1], code.value_scale, axis=-1)
