@@ -38,7 +38,7 @@ def candidates(
     """
     found = []
     for value_bits in VALUE_BITS:
-        key_bytes = config.head_dim  # eight bits a component: more is never needed
+        key_bytes = 2 * config.head_dim  # 16 bits a component: more than any of them can have
         while key_bytes:
             rows = RowLayout(key_bytes=key_bytes, value_bits=value_bits)
             layout = CacheLayout(

@@ -13,9 +13,12 @@ import numpy as np
 
 from kvcompress_jax.calibrated.code import PER_OCTAVE
 
-WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8)  # bits that a component can have
+# Bits that a component can have. With 8 of them on average the largest want 12 (measured at 8.5
+# bits: half the KL of at most 8).
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 # Steps that are tried, in units of the best one for normally distributed components.
 NORMAL_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.057, 8: 0.031}
+NORMAL_STEP |= {width: 0.031 * 0.54 ** (width - 8) for width in range(9, WIDTHS[-1] + 1)}
 FACTORS = np.geomspace(0.5, 2.5, 12)
 WIDE_FACTORS = np.geomspace(0.75, 3.75, 12)  # of 6 bits and more: tails matter
 SMALLEST_SHARE = 1e-4  # of the metric's largest eigenvalue: no direction is free

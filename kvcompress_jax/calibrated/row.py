@@ -5,7 +5,7 @@
 
 Key bits are codes of different widths, one per component of the calibrated basis, in a row without
 gaps; value bits are codes of one width. Some tokens of each page and head, those that gain
-most, have 8 bits per component in a refined row besides.
+most, have 8 bits per component in a refined row besides, of what their own row leaves over.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from kvcompress_jax.codec.scale import CODES, Scale
 
 # What planes mean beyond their shapes; another number when that changes.
-CODE_VERSION = 2
+CODE_VERSION = 3
 FINE_CELLS = 16  # a fine plane of 4 bits cuts a step into so many cells
 FINE_MIDDLE = FINE_CELLS // 2  # the fine code that stands for no correction
 

@@ -45,7 +45,7 @@ def test_bits_go_where_they_take_away_most():
         widths = allocate(distortion, bits)
         assert widths.sum() <= bits and set(widths) <= set(WIDTHS)
         assert np.all(np.diff(widths) <= 0)
-    assert allocate(distortion, 1000).min() == 8
+    assert allocate(distortion, 1000).min() == WIDTHS[-1]
     assert allocate(distortion, 40).sum() == 40
     cost = lambda w: sum(variance * 4.0 ** -np.asarray(w, float))  # noqa: E731
     assert cost(allocate(distortion, 40)) < 0.5 * cost([2.5] * 16)
