@@ -21,12 +21,19 @@ MAPPINGS_LIMIT = Path("/proc/sys/vm/max_map_count")
 
 
 def pytest_configure(config):
-    """Tests make models and caches anew, but the programs are the same: they are compiled once in a
-    process. Not once for all, as JAX does not write these files in one piece."""
+    """Tests make models and caches anew, but the programs are the same: each is compiled once for
+    all processes, those that tests start included. JAX locks a cache only where it has a size."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # a worker's, or one that is kept between runs
+        return
     programs = tempfile.TemporaryDirectory(prefix="kvcompress-programs-")
     config.add_cleanup(programs.cleanup)
-    jax.config.update("jax_compilation_cache_dir", programs.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    for name, value in (
+        ("JAX_COMPILATION_CACHE_DIR", programs.name),
+        ("JAX_COMPILATION_CACHE_MAX_SIZE", 2**33),
+        ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.1),
+    ):
+        os.environ[name] = str(value)
+        jax.config.update(name.lower(), value)
 
 
 @pytest.fixture(autouse=True)

@@ -18,14 +18,15 @@ FIRST = random_tokens(MODEL.config, 150, seed=1)
 SECOND = FIRST[:100] + random_tokens(MODEL.config, 40, seed=2)
 STEP = 32
 SIZES = PoolSizes(raw_pages=16, sealed_pages=24, fine_chunks=72, sink_slots=6)
+# Steps of other shapes compute other last bits of keys, of which some get another code: where two
+# tokens are as good, a random model may say the other one. Any other lies behind by standard
+# deviations, which is what `behind` tells.
+NEAR = 0.05
 
 
-def engine(*, prefix_cache_bytes=10**7, sizes=SIZES, shares=None, window=16, error_feedback=None):
+def engine(*, prefix_cache_bytes=10**7, sizes=SIZES, shares=None, window=16):
     config = CompressionConfig(
-        page_size=16,
-        window_tokens=window,
-        prefix_cache_bytes=prefix_cache_bytes,
-        error_feedback=error_feedback,
+        page_size=16, window_tokens=window, prefix_cache_bytes=prefix_cache_bytes
     )
     runner = Runner(
         MODEL,
@@ -44,6 +45,22 @@ def answer(engine, prompt, tenant="", tokens=8):
     engine.run()
     engine.runner.manager.verify(engine.runner.cache)
     return request.generated
+
+
+def behind(engine, prompt, tokens):
+    """How far each token's logit is below the best, where the sequence is fed token by token, in
+    standard deviations of that step's logits."""
+    runner = engine.runner
+    sequence = runner.begin(prompt)
+    logits = runner.extend(sequence, prompt)
+    found = []
+    for token in tokens:
+        row = np.asarray(logits[0])
+        found.append((row.max() - row[token]) / row.std())
+        runner.advance()
+        logits, _ = runner.forward([(sequence, token)])
+    runner.manager.free(sequence)
+    return max(found)
 
 
 def stats(engine):
@@ -114,9 +131,11 @@ def test_requests_that_run_together_share_pages():
     cached = engine()
     requests = [cached.submit(p, max_new_tokens=8) for p in (FIRST, FIRST, SECOND)]
     cached.run()
-    plain = engine(prefix_cache_bytes=None)
-    assert [r.generated for r in requests] == [answer(plain, r.prompt) for r in requests]
     assert stats(cached)["pages_merged"] > 0
+    plain = engine(prefix_cache_bytes=None)
+    for request in requests:
+        assert behind(plain, request.prompt, request.generated) < NEAR
+        assert behind(plain, request.prompt, request.generated[::-1]) > 1
 
 
 def test_tenants_find_only_their_own():
@@ -168,16 +187,15 @@ def test_a_tenant_with_a_share_keeps_what_it_has():
 
 def test_a_preempted_request_gives_its_pages_back():
     tight = PoolSizes(raw_pages=8, sealed_pages=16, fine_chunks=48, sink_slots=6)
-    # Steps of other shapes compute other last bits of a key, which feedback now and then makes
-    # another code of: enough for a random model to say something else.
-    cached = engine(sizes=tight, error_feedback=False)
-    plain = engine(prefix_cache_bytes=None, error_feedback=False)
+    cached, plain = engine(sizes=tight), engine(prefix_cache_bytes=None)
     requests = [cached.submit(p, max_new_tokens=16) for p in (FIRST, SECOND, FIRST[20:])]
     cached.run()
     cached.runner.manager.verify(cached.runner.cache)
-    want = [answer(plain, r.prompt, tokens=16) for r in requests]
-    assert [r.generated for r in requests] == want
     assert stats(cached)["preemptions"] > 0
+    # A preempted request is fed its own tokens in steps of another shape.
+    for request in requests:
+        assert behind(plain, request.prompt, request.generated) < NEAR
+        assert behind(plain, request.prompt, request.generated[::-1]) > 1
 
 
 def test_wrong_calls():
