@@ -36,6 +36,10 @@ def pytest_configure(config):
         jax.config.update(name.lower(), value)
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(autouse=True)
 def _room_for_programs():
     """Every program that XLA compiled for a CPU holds some memory mappings. A process may have

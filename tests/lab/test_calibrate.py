@@ -26,6 +26,7 @@ def run(*argv):
         return e.code
 
 
+@pytest.mark.first
 def test_calibrate_and_eval(files, tmp_path, capsys):
     model, text, config, profile = files
     few = ("--samples", 2, "--sample-tokens", 256, "--page-size", 16)

@@ -46,6 +46,7 @@ def broken_bounds(recipe, evaluation):
     ]
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("text", ["prose", "code"])
 def test_recipes_keep_their_bounds(text):
     smollm2_file()
@@ -58,6 +59,7 @@ def test_recipes_keep_their_bounds(text):
             assert "kl" in broken_bounds("safe", evaluation)
 
 
+@pytest.mark.first
 def test_a_calibrated_code_keeps_its_bounds(tmp_path):
     """Calibrated on one text, measured on another, everything but four tokens compressed."""
     smollm2_file()

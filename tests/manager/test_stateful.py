@@ -310,7 +310,7 @@ def _trust_the_seal(manager):
         _share_the_last_page_of_a_fork,
         _lose_the_level_of_a_floor_layer,
         _keep_the_chunks_of_evicted_pages,
-        _trust_the_seal,
+        pytest.param(_trust_the_seal, marks=pytest.mark.first),
     ],
 )
 def test_the_oracle_sees_a_broken_manager(change):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kvcompress_jax.models.config import Rope
 from kvcompress_jax.models.dense import dense_forward
@@ -48,6 +49,7 @@ def test_text_is_likely(smollm2):
     assert nll(dataclasses.replace(smollm2, config=wrong)) > 2.6
 
 
+@pytest.mark.first
 def test_logits_and_greedy_tokens(smollm2):
     from tests.models import hf
 

@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.sharding.checks import CHECKS, DEVICES
 
 
+@pytest.mark.first
 def test_on_eight_devices(tmp_path):
     path = tmp_path / "results.json"
     # Compiling takes half the time at level 1, and a sum that is rounded otherwise still shows.
