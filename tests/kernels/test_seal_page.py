@@ -127,6 +127,7 @@ def is_the_code(work, pools, fine_rows):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page_size", "dim", "fine_rows", "dtype", "channels", "fine_bits"), SIZES)
 def test_is_the_code_of_the_paged_cache_to_the_byte(
     page_size, dim, fine_rows, dtype, channels, fine_bits
@@ -209,6 +210,7 @@ def fed_differences(work, pools, fine_rows, feedback):
     return [float(np.concatenate([x.ravel() for x in each]).mean()) for each in (keys, rest)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page_size", "dim", "fine_rows", "dtype", "channels", "fine_bits"),
     [SIZES[0], SIZES[2], SIZES[3], SIZES[6]],

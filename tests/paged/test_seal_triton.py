@@ -17,6 +17,8 @@ from kvcompress_jax.paged.seal import IMPLEMENTATIONS, seal_xla
 from kvcompress_jax.paged.seal_triton import seal_triton
 from tests.paged.batch import poison
 
+pytestmark = pytest.mark.slow
+
 LAYERS, PAGES = 2, 5
 
 
