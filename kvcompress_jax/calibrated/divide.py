@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.calibrated.code import CalibratedCode
+from kvcompress_jax.calibrated.fit import WIDTHS
 from kvcompress_jax.calibrated.pages import attend_plainly, received_attention, there_and_back
 from kvcompress_jax.calibrated.row import RowLayout
 from kvcompress_jax.models.config import DecoderConfig
@@ -38,7 +39,7 @@ def candidates(
     """
     found = []
     for value_bits in VALUE_BITS:
-        key_bytes = 2 * config.head_dim  # 16 bits a component: more than any of them can have
+        key_bytes = config.head_dim * WIDTHS[-1] // 8  # more would stay empty
         while key_bytes:
             rows = RowLayout(key_bytes=key_bytes, value_bits=value_bits)
             layout = CacheLayout(

@@ -63,6 +63,12 @@ def behind(engine, prompt, tokens):
     return max(found)
 
 
+def assert_answers_of(engine, requests):
+    for request in requests:
+        assert behind(engine, request.prompt, request.generated) < NEAR
+        assert behind(engine, request.prompt, request.generated[::-1]) > 1
+
+
 def stats(engine):
     return engine.runner.manager.get_compression_stats()
 
@@ -133,9 +139,7 @@ def test_requests_that_run_together_share_pages():
     cached.run()
     assert stats(cached)["pages_merged"] > 0
     plain = engine(prefix_cache_bytes=None)
-    for request in requests:
-        assert behind(plain, request.prompt, request.generated) < NEAR
-        assert behind(plain, request.prompt, request.generated[::-1]) > 1
+    assert_answers_of(plain, requests)
 
 
 def test_tenants_find_only_their_own():
@@ -193,9 +197,7 @@ def test_a_preempted_request_gives_its_pages_back():
     cached.runner.manager.verify(cached.runner.cache)
     assert stats(cached)["preemptions"] > 0
     # A preempted request is fed its own tokens in steps of another shape.
-    for request in requests:
-        assert behind(plain, request.prompt, request.generated) < NEAR
-        assert behind(plain, request.prompt, request.generated[::-1]) > 1
+    assert_answers_of(plain, requests)
 
 
 def test_wrong_calls():
