@@ -24,7 +24,7 @@ class CodePools:
     value_step: jax.Array  # bf16[layers, pages, heads, page_size]
     value_zero: jax.Array  # f16[layers, pages, heads, page_size]
     order: jax.Array  # u8[layers, pages, heads, page_size]: the token of each slot
-    # 4: the first fine_rows slots are refined; 2: twice as many, which are all.
+    # 4: the first fine_rows slots are refined; 2: twice as many.
     fine_bits: int = dataclasses.field(default=4, metadata={"static": True})
 
     @property

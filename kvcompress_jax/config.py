@@ -27,10 +27,11 @@ class CompressionConfig:
         nothing below INT8, so every token of a sealed page has 8 bits.
       ratio: share of the fine plane's bytes that a page has at level 1, in (0, 1].
       fine_bits: how they are spent. 4: on the share `ratio` of a page's tokens, the most important
-        ones of each head, which have 8 bits; the others have 4. 2: on all tokens alike, which have
-        6 bits; that needs `ratio` to be 0.5 and three levels. None: 2 where that can be and nothing
-        else asks for an order of the tokens (other `weights`, `magnitude` or `attention` than the
-        default, `learned_importance`), else 4.
+        ones of each head, which have 8 bits; the others have 4. 2: on twice as many, which have 6
+        bits; that needs three levels and a `ratio` of at most 0.5, where all tokens have them.
+        None: 2 where that can be, which keeps more in the same bytes, and no other setting would be
+        for nothing (with all tokens alike, other `weights`, `magnitude` or `attention` than the
+        default, and `learned_importance`), else 4.
       page_size: tokens of a page: 16, 32, 64, 128 or 256.
       window_tokens: this many newest tokens of a sequence stay at level 0.
       sink_tokens: this many first tokens of a sequence stay exact.
@@ -106,7 +107,8 @@ class CompressionConfig:
         _check(
             bits != 2 or self._can_spread,
             "fine_bits",
-            "4 unless ratio=0.5 with levels=3 and nothing that orders tokens",
+            "4 unless levels=3 with ratio of at most 0.5, and where that is all tokens, nothing"
+            " that orders them",
             f"2 with ratio={self.ratio}, levels={self.levels}",
         )
         _check(self.page_size in PAGE_SIZES, "page_size", f"one of {PAGE_SIZES}", self.page_size)
@@ -315,10 +317,10 @@ class CompressionConfig:
 
     @property
     def _can_spread(self) -> bool:
-        """Whether level 1 can be the same for all tokens of a page, and no setting of their order
-        would be for nothing."""
+        """Whether level 1 can refine its tokens by 2 bits, and no setting of their order would be
+        for nothing."""
         plain = all(getattr(self, name) == getattr(type(self), name) for name in _ORDERING)
-        return self.ratio == 0.5 and self.levels == 3 and plain
+        return self.levels == 3 and (self.ratio < 0.5 or (self.ratio == 0.5 and plain))
 
     @property
     def refining_bits(self) -> int:
@@ -332,7 +334,8 @@ class CompressionConfig:
         """Rows of the fine plane of a page, per head: tokens with 8 bits, or pairs with 6."""
         if not self.compresses or self.profile is not None:
             return 0
-        return self.refined_tokens(self.page_size)
+        rows = self.refined_tokens(self.page_size)
+        return rows if self.refining_bits == 4 else min(rows, self.page_size // 2)
 
     @property
     def sealed_level(self) -> int:

@@ -111,6 +111,8 @@ def settings_digest(config: CompressionConfig) -> str:
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
         said[field.name] = value
+    if config.ratio < 0.5:  # what None comes to there has been 4 before
+        said["fine_bits"] = config.refining_bits
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

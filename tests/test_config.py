@@ -28,12 +28,18 @@ def test_the_owners_variables():
     assert config.fine_rows == 0
 
 
-def test_level_1_is_even_unless_something_asks_for_an_order():
+def test_tokens_are_refined_by_two_bits_where_that_can_be():
     assert CompressionConfig().refining_bits == 2
     assert CompressionConfig().layout(layers=1, kv_heads=1, head_dim=2).refined_slots == 64
+    for partly in ({"ratio": 0.25}, {"ratio": 0.25, "attention": "sum"}):
+        layout = CompressionConfig(**partly).layout(layers=1, kv_heads=1, head_dim=2)
+        assert (layout.fine_bits, layout.fine_rows, layout.refined_slots) == (2, 16, 32)
+    # What is rounded to a row more than half of the page is half of it.
+    assert CompressionConfig(ratio=0.4999, page_size=64).fine_rows == 32
     for other in (
         {"fine_bits": 4},
-        {"ratio": 0.25},
+        {"fine_bits": 4, "ratio": 0.25},
+        {"ratio": 0.75},
         {"levels": 2},
         {"magnitude": "key_norm"},
         {"attention": "sum"},
@@ -44,7 +50,7 @@ def test_level_1_is_even_unless_something_asks_for_an_order():
         assert config.refining_bits == 4
         assert config.layout(layers=1, kv_heads=1, head_dim=2).fine_bits == 4
         if "fine_bits" not in other:
-            with pytest.raises(ConfigError, match=r"fine_bits: expected 4 unless ratio=0\.5 with"):
+            with pytest.raises(ConfigError, match="fine_bits: expected 4 unless levels=3 with"):
                 CompressionConfig(**other, fine_bits=2)
     with pytest.raises(ConfigError, match="fine_bits: expected 2, 4 or None, got 3"):
         CompressionConfig(fine_bits=3)

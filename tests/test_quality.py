@@ -60,6 +60,11 @@ def test_a_measurement_is_of_one_version_of_the_code(monkeypatch):
     assert unmeasured(config, "this") == "it was changed since it was measured"
 
 
+def test_what_is_left_to_the_code_counts_as_what_it_comes_to():
+    eight, six, either = (CompressionConfig(ratio=0.25, fine_bits=bits) for bits in (4, 2, None))
+    assert settings_digest(either) == settings_digest(six) != settings_digest(eight)
+
+
 def test_a_measurement_is_of_one_model_and_of_all_settings_that_matter(tmp_path):
     profile = tmp_path / "profile"
     profile.write_bytes(b"one")

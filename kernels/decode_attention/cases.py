@@ -22,6 +22,7 @@ SIZES: tuple[tuple[int, int, int, int, str, str], ...] = (
     (64, 128, 0, 4, "bfloat16", ""),
     (64, 128, 32, 4, "bfloat16", "mass"),
     (64, 128, 32, 4, "bfloat16", "mass+even"),
+    (64, 128, 16, 4, "bfloat16", "mass+even"),
     (64, 256, 32, 4, "bfloat16", "window"),
     (64, 256, 32, 4, "bfloat16", "window+even"),
     (128, 128, 64, 16, "float16", ""),

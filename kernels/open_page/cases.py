@@ -25,11 +25,12 @@ SIZES = (
     (128, 128, 64, "bfloat16"),
     (256, 128, 128, "bfloat16"),
 )
-# Likewise, where all slots are refined by two bits each.
+# Likewise, where slots are refined by two bits each: all of them, or half.
 EVEN_SIZES = (
     (16, 64, 8, "bfloat16"),
     (64, 64, 32, "bfloat16"),
     (64, 128, 32, "bfloat16"),
+    (64, 128, 16, "bfloat16"),
     (64, 256, 32, "bfloat16"),
     (256, 128, 128, "bfloat16"),
 )

@@ -33,12 +33,13 @@ SIZES = (
     (128, 128, 64, "bfloat16", True, True),
     (256, 128, 128, "bfloat16", True, True),
 )
-# Likewise, where all slots are refined by two bits each.
+# Likewise, where slots are refined by two bits each: all of them, or half.
 EVEN_SIZES = (
     (16, 64, 8, "bfloat16", False, True),
     (64, 64, 32, "bfloat16", False, True),
     (64, 128, 32, "bfloat16", False, False),
     (64, 128, 32, "bfloat16", False, True),
+    (64, 128, 16, "bfloat16", True, True),
     (64, 256, 32, "bfloat16", False, True),
     (128, 128, 64, "bfloat16", False, True),
     (256, 128, 128, "bfloat16", False, True),

@@ -56,6 +56,11 @@ def seal_page_triton(
         raise NotImplementedError(
             f"channels: expected a power of two that divides {dim // 2} (dim/2), got {channels}"
         )
+    rows = pools.fine_rows
+    if pools.refined_slots > rows and (rows & (rows - 1) or page_size % rows):
+        raise NotImplementedError(
+            f"fine_rows: expected a power of two where two slots share a row, got {rows}"
+        )
     n = source.shape[0]
     flat = raw.reshape(layers, raw_pages, 2, heads, page_size * dim)
     tables = (source, target, chunks, count.reshape(1), exact)
@@ -147,9 +152,12 @@ def _kernel(  # type: ignore[no-untyped-def]
                 if (
                     plane == 1 and refined_slots > fine_rows
                 ):  # two slots to a row, whose bits do not overlap
-                    pair = packed.astype(jnp.int32).reshape(2, fine_rows, channels)
-                    lower = lax.broadcasted_iota(jnp.int32, pair.shape, 0) == 0
-                    packed = jnp.sum(jnp.where(lower, pair >> 2, pair), axis=0).astype(jnp.uint8)
+                    pair = packed.astype(jnp.int32).reshape(-1, fine_rows, channels)
+                    part = lax.broadcasted_iota(jnp.int32, pair.shape, 0)
+                    if refined_slots < page_size:  # nor are the others refined
+                        pair = jnp.where(part < 2, pair, 0)
+                    packed = jnp.sum(jnp.where(part == 0, pair >> 2, pair), axis=0)
+                    packed = packed.astype(jnp.uint8)
                     row = lax.iota(jnp.int32, fine_rows)
                     there = (row >= 0) & (chunk >= 0)
                 channel = piece * channels + column

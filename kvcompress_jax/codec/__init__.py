@@ -14,6 +14,7 @@ from kvcompress_jax.codec.packing import (
     share_rows,
     unpack,
     unpack_both,
+    unpack_halves,
 )
 from kvcompress_jax.codec.planes import (
     CODE_VERSION,
@@ -48,4 +49,5 @@ __all__ = [
     "share_rows",
     "unpack",
     "unpack_both",
+    "unpack_halves",
 ]

@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from kvcompress_jax.lab.arguments import add_kv_dtype
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -26,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="UTF-8 texts (default: the language reference that comes with CPython)",
     )
+    parser.add_argument(
+        "--parts",
+        type=_Whole(1),
+        default=1,
+        metavar="N",
+        help="of each text, measured apart: a single context is noise of a fifth (default: 1)",
+    )
+    add_kv_dtype(parser)
     parser.add_argument(
         "--methods",
         default="all",
@@ -100,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     from kvcompress_jax.lab.outliers import with_outlier_keys
     from kvcompress_jax.lab.output import check_writable, replacing, write_json
     from kvcompress_jax.lab.progress import stages
-    from kvcompress_jax.lab.texts import load_text
+    from kvcompress_jax.lab.texts import load_text, split_texts
     from kvcompress_jax.models.load import load_model
 
     methods = find_methods(args.methods)
@@ -121,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
         sinks=args.sinks,
         window=args.window,
         facts=args.facts,
+        kv_dtype=args.kv_dtype,
         profiles=tuple(args.profile),
         heat_bits=heat if args.facts and not args.no_heat_map else None,
     )
@@ -128,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
     texts = texts or {"language reference": load_text()}
     if args.text and len(texts) < len(args.text):
         raise ConfigError("--text: expected files with different names")
+    texts = split_texts(texts, args.parts)
     _make(args.out)
     names = "leaderboard.md", "leaderboard.json", "accuracy-against-bits.png"
     table, numbers, plot = (args.out / name for name in names)

@@ -126,12 +126,16 @@ def _duel(model: str, target: float, ours: Row, other: Row) -> str:
 
     def cell(row: Row) -> str:
         recalled = "" if math.isnan(row.retrieval) else f", {row.retrieval:.0%}"
-        return f"{row.method}: {row.bits:.2f}, {row.kl:.5f}{recalled}"
+        return f"{row.method}: {row.bits:.2f}, {_nats(row.kl)}{recalled}"
 
     return (
         f"| {model} | {target:g} | {cell(ours)} | {cell(other)} | {ratio:.2f} ({by_text}) |"
         f" {better} |"
     )
+
+
+def _nats(kl: float) -> str:
+    return f"{kl:.1e}" if 0 < kl < 1e-4 else f"{kl:.5f}"
 
 
 def _uncompressed(table: Sequence[Row]) -> list[Row]:
@@ -140,10 +144,10 @@ def _uncompressed(table: Sequence[Row]) -> list[Row]:
 
 def _line(row: Row, texts: Sequence[str]) -> str:
     kls = [row.kl_by_text.get(text) for text in texts]
-    by_text = "".join(" - |" if kl is None else f" {kl:.5f} |" for kl in kls)
+    by_text = "".join(" - |" if kl is None else f" {_nats(kl)} |" for kl in kls)
     recalled = "-" if math.isnan(row.retrieval) else f"{row.retrieval:.0%}"
     return (
-        f"| {row.method} | {row.bits:.2f} | {row.kl:.5f} |{by_text} {row.kl_p99:.4f} |"
+        f"| {row.method} | {row.bits:.2f} | {_nats(row.kl)} |{by_text} {row.kl_p99:.4f} |"
         f" {row.delta_nll:+.4f} | {row.top1:.1%} | {recalled} |"
     )
 

@@ -1,6 +1,6 @@
 """Texts to measure on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvcompress_jax.models.default_text import default_text
@@ -31,6 +31,18 @@ def load_text(path: str | Path | None = None) -> str:
     if not text.strip():
         raise TextError(f"{path}: expected some text, got none")
     return text
+
+
+def split_texts(texts: Mapping[str, str], parts: int) -> dict[str, str]:
+    """Each text as so many pieces of its own, of equal length: one context is noise."""
+    if parts == 1:
+        return dict(texts)
+    pieces = {}
+    for name, text in texts.items():
+        size = len(text) // parts
+        for i in range(parts):
+            pieces[f"{name} {i + 1}/{parts}"] = text[i * size : (i + 1) * size]
+    return pieces
 
 
 def check_positions(model: Model, tokens: int) -> None:

@@ -312,7 +312,8 @@ def describe(config: CompressionConfig) -> str:
         return f"calibrated ({config.profile}), {pages}"
     refined = f"8 bits for {config.ratio:.4g} of the tokens"
     if config.refining_bits == 2:
-        refined = "6 bits for all tokens"
+        share = 2 * config.ratio
+        refined = "6 bits for " + ("all tokens" if share == 1 else f"{share:.4g} of the tokens")
     if config.sealed_level == 1:
         return f"{refined}, {pages}"
     if config.floor_layers:

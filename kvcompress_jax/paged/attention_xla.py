@@ -15,8 +15,9 @@ from jax import lax
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.heads import HeadSplit, head_by_head
 from kvcompress_jax.paged.layout import CacheLayout
+from kvcompress_jax.paged.products import KeyValueBlock, block_of
 from kvcompress_jax.paged.raw_bits import bits, from_pool
-from kvcompress_jax.paged.read import decode_pages, slot_tokens
+from kvcompress_jax.paged.read import decode_block, slot_tokens
 from kvcompress_jax.paged.table import PageTable
 
 # Numbers that the keys of one block hold. On a CPU what a block needs should stay in the caches of
@@ -27,10 +28,6 @@ BLOCK_NUMBERS_CPU, MOST_NUMBERS_CPU = 1 << 17, 1 << 20
 # A pass reads and writes the running sums; with many queries they are larger than such a block.
 BLOCKS_PER_STATE = 4
 MASKED = -1e30  # finite: the difference of two of them is 0, not NaN
-
-_einsum = functools.partial(
-    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-)
 
 
 @jax.tree_util.register_dataclass
@@ -43,9 +40,9 @@ class _Softmax:
     out: jax.Array  # f32[rows, heads, n, dim] weighted sum of values, unnormalised
     split: HeadSplit | None = dataclasses.field(metadata={"static": True})
 
-    def add(self, logits: jax.Array, mask: jax.Array, values: jax.Array) -> "_Softmax":
-        """Adds keys with logits [rows, heads, n, pages, tokens], a mask that broadcasts to them
-        and values [rows, pages, heads, tokens, dim]."""
+    def add(self, logits: jax.Array, mask: jax.Array, block: KeyValueBlock) -> "_Softmax":
+        """Adds a block with logits [rows, heads, n, pages, tokens] and a mask that broadcasts to
+        them."""
         logits = jnp.where(mask, logits, MASKED)
         top = jnp.maximum(self.top, jnp.max(logits, axis=(3, 4)))
         weights = jnp.where(mask, jnp.exp(logits - top[..., None, None]), 0.0)
@@ -53,7 +50,7 @@ class _Softmax:
         return _Softmax(
             top=top,
             total=self.total * shrink + _sum(self.split, weights, (3, 4)),
-            out=self.out * shrink[..., None] + _einsum("rhnpt,rphtd->rhnd", weights, values),
+            out=self.out * shrink[..., None] + block.weighted_sum(weights),
             split=self.split,
         )
 
@@ -90,8 +87,8 @@ def attend_xla(
     real = jnp.arange(queries, dtype=jnp.int32)[None, :] < query_lengths[:, None]
     real = jnp.repeat(real, group, axis=1)[:, None, :]  # [rows, 1, n]
 
-    def logits_of(keys: jax.Array) -> jax.Array:  # [rows, pages, heads, tokens, dim]
-        logits = _einsum("rhnd,rphtd->rhnpt", q32, keys)
+    def logits_of(block: KeyValueBlock) -> jax.Array:
+        logits = block.logits(q32)
         return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
     def visible(token_position: jax.Array) -> jax.Array:
@@ -108,8 +105,7 @@ def attend_xla(
 
     def sealed_block(
         ids: jax.Array, index: jax.Array, live: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        keys, values = decode_pages(cache, layer, ids, live)
+    ) -> tuple[jax.Array, jax.Array, KeyValueBlock]:
         mask = live[:, None, None, :, None]
         exact = (index == 0) & (table.sink >= 0)[:, None]  # their first slots are kept exactly
         coded = ~exact[:, :, None] | (offsets >= layout.sink_tokens)[None, None, :]
@@ -117,11 +113,12 @@ def attend_xla(
         if window is not None:  # sealed tokens are always past: only a window needs positions
             token = index[:, :, None, None] * page_size + slot_tokens(cache, layer, ids)
             mask = mask & visible(token.transpose(0, 2, 1, 3)[:, :, None])
-        return logits_of(keys), mask, values
+        block = decode_block(cache, layer, ids, live, queries=n)
+        return logits_of(block), mask, block
 
     def raw_block(
         ids: jax.Array, index: jax.Array, live: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, KeyValueBlock]:
         token = index[:, :, None] * page_size + offsets[None, None, :]  # [rows, pages, tokens]
         written = live[:, :, None] & (token < table.length[:, None, None])
         kv = from_pool(bits(cache.raw)[layer, ids], layout.jax_dtype)
@@ -129,7 +126,8 @@ def attend_xla(
         # What is not written yet may hold NaN, and 0 * NaN is NaN.
         kv = jnp.where(written[:, :, None, None, :, None], kv, 0.0)
         mask = written[:, None, None] & visible(token[:, None, None])
-        return logits_of(kv[:, :, 0]), mask, kv[:, :, 1]
+        block = block_of(kv[:, :, 0], kv[:, :, 1], queries=n)
+        return logits_of(block), mask, block
 
     state = _Softmax(
         top=jnp.full((rows, heads, n), MASKED, jnp.float32),
@@ -151,7 +149,8 @@ def attend_xla(
         kept = (table.sink >= 0)[:, None, None] & (token < table.length[:, None, None])
         kv = jnp.where(kept[:, :, None, None, :, None], kv, 0.0)
         mask = kept[:, None, None] & visible(token[:, None, None])
-        state = state.add(logits_of(kv[:, :, 0]), mask, kv[:, :, 1])
+        first_tokens = block_of(kv[:, :, 0], kv[:, :, 1], queries=n)
+        state = state.add(logits_of(first_tokens), mask, first_tokens)
     state, token_logits = _over_pages(
         state,
         raw_block,
@@ -218,7 +217,7 @@ def _page_lse(split: HeadSplit | None, logits: jax.Array, mask: jax.Array) -> ja
 
 def _over_pages(
     state: _Softmax,
-    load: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+    load: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, KeyValueBlock]],
     pages: tuple[jax.Array, jax.Array, jax.Array],
     block: int,
     *,
@@ -247,10 +246,10 @@ def _over_pages(
         live = column[None, :] < count[:, None]
         ids_now = jnp.where(live, lax.dynamic_slice_in_dim(ids, i * block, block, 1), 0)
         index_now = lax.dynamic_slice_in_dim(index, i * block, block, 1)
-        logits, mask, values = load(ids_now, index_now, live)
+        logits, mask, kv = load(ids_now, index_now, live)
         if record is not None:
             kept = lax.dynamic_update_slice_in_dim(kept, record(logits, mask), i * block, 3)
-        return state.add(logits, mask, values), kept
+        return state.add(logits, mask, kv), kept
 
     if blocks == 1:
         state, kept = body(jnp.int32(0), (state, kept))

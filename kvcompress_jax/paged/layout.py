@@ -54,8 +54,7 @@ class CacheLayout:
       page_size: tokens of a page; at most 256, so that a slot's token fits a byte.
       dtype: of level 0: bfloat16, float16 or float32.
       fine_rows: rows of a fine chunk, per head; 0 = no level 1.
-      fine_bits: by which a fine chunk refines a token: 4, one token to a row, or 2, all tokens of a
-        page, two to a row.
+      fine_bits: by which a fine chunk refines a token: 4, one token to a row, or 2, two to a row.
       sink_tokens: first tokens of a sequence that stay exact; 0 = none.
       importance: how the tokens of a page are ordered.
       statistics: whether raw pages keep count of the attention that their tokens receive; without,
@@ -89,11 +88,11 @@ class CacheLayout:
             raise ValueError(
                 f"fine_rows: expected 0 to {self.page_size} (page_size), got {self.fine_rows}"
             )
-        even = self.fine_bits == 2 and self.fine_rows in (0, self.page_size // 2)
-        if self.fine_bits != 4 and not even:
+        halved = self.fine_bits == 2 and self.fine_rows <= self.page_size // 2
+        if self.fine_bits != 4 and not halved:
             raise ValueError(
-                f"fine_bits: expected 4, or 2 with fine_rows={self.page_size // 2} (page_size / 2),"
-                f" got {self.fine_bits} with fine_rows={self.fine_rows}"
+                f"fine_bits: expected 4, or 2 with fine_rows of at most {self.page_size // 2}"
+                f" (page_size / 2), got {self.fine_bits} with fine_rows={self.fine_rows}"
             )
         if not 0 <= self.sink_tokens < self.page_size:
             raise ValueError(

@@ -28,7 +28,7 @@ from kvcompress_jax.importance import (
     token_error,
 )
 from kvcompress_jax.importance.combine import order_tokens
-from kvcompress_jax.paged.plane_bytes import join_fine, join_planes, refined_slots
+from kvcompress_jax.paged.plane_bytes import join_planes, refined_slots, share_fine
 
 
 @jax.tree_util.register_dataclass
@@ -68,8 +68,33 @@ class PageRows:
     """
 
     keys: jax.Array  # u8[heads, page_size, dim]
-    values: jax.Array  # u8[heads, page_size, dim]
+    values: jax.Array  # u8[heads, dim, page_size]
     order: jax.Array  # i32[heads, page_size], the token of each slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageParts:
+    """The code of a page, keys and values of a plane for themselves; else as in `PageCode`.
+
+    Joined into one array, every byte would ask which of the two it is of, and where in it: on CPUs
+    more work than all the packing.
+    """
+
+    base: tuple[jax.Array, jax.Array]  # u8[heads, page_size, dim/2], u8[heads, dim/2, page_size]
+    fine: tuple[jax.Array, jax.Array]  # u8[heads, fine_rows, dim/2], u8[heads, dim/2, fine_rows]
+    key_scale: Scale
+    value_scale: Scale
+    order: jax.Array
+
+    def joined(self) -> PageCode:
+        return PageCode(
+            base=join_planes(*self.base),
+            fine=join_planes(*self.fine),
+            key_scale=self.key_scale,
+            value_scale=self.value_scale,
+            order=self.order,
+        )
 
 
 # Where the heads are in the arguments of `fit_page`, with layers before them.
@@ -170,7 +195,7 @@ def code_page(
     """The code of a page against its fit; arguments as in `encode_page`. `fit.worth` must be in
     memory: see `order_tokens`."""
     rows = code_rows(keys, values, fit, fine_rows=fine_rows, fine_bits=fine_bits)
-    return lay_out(rows, fit, fine_rows=fine_rows, fine_bits=fine_bits)
+    return lay_out(rows, fit, fine_rows=fine_rows, fine_bits=fine_bits).joined()
 
 
 def code_rows(
@@ -203,7 +228,9 @@ def code_rows(
         key_codes = encode_with_feedback(keys, fit.key_scale, cells, feedback)
     return PageRows(
         keys=key_codes,
-        values=encode_bytes(values, fit.value_scale, axis=-1, cells=cells[..., None]),
+        values=encode_bytes(
+            values.swapaxes(-1, -2), fit.value_scale, axis=-2, cells=cells[..., None, :]
+        ),
         order=order,
     )
 
@@ -221,27 +248,24 @@ def _cells_of_tokens(
     return jnp.where(stored, jnp.float32(cells), jnp.float32(1))
 
 
-def lay_out(rows: PageRows, fit: PageFit, *, fine_rows: int, fine_bits: int = 4) -> PageCode:
+def lay_out(rows: PageRows, fit: PageFit, *, fine_rows: int, fine_bits: int = 4) -> PageParts:
     """The second half of `code_page`: all that moves bytes.
 
     It is much faster as a program of its own, or behind a condition, than fused with the first:
     every byte would be computed alone, where it is stored, with the arithmetic of its two numbers.
     """
-    base, fine = (rows.keys, rows.values), (rows.keys, rows.values)
     slots = refined_slots(fine_rows, fine_bits)
-    value_scale = fit.value_scale
-    if fit.worth is None:
-        fine = fine[0][:, :slots], fine[1][:, :slots]
-    else:
-        refined = rows.order[:, :slots]
-        base = _take(base[0], rows.order), _take(base[1], rows.order)
-        fine = _take(fine[0], refined), _take(fine[1], refined)
+    keys, values, value_scale = rows.keys, rows.values, fit.value_scale
+    if fit.worth is not None:
+        keys = _take(keys, rows.order)
+        values = jnp.take_along_axis(values, rows.order[:, None], axis=-1, mode="promise_in_bounds")
         value_scale = Scale(
             step=_take(value_scale.step, rows.order), zero=_take(value_scale.zero, rows.order)
         )
-    return PageCode(
-        base=join_planes(pack_high(base[0]), pack_high(base[1])),
-        fine=join_fine(pack_low(fine[0]), pack_low(fine[1]), fine_bits),
+    fine = pack_low(keys[:, :slots]), pack_low(values[:, :, :slots], axis=-2)
+    return PageParts(
+        base=(pack_high(keys), pack_high(values, axis=-2)),
+        fine=share_fine(*fine, fine_bits),
         key_scale=fit.key_scale,
         value_scale=value_scale,
         order=rows.order.astype(jnp.uint8),

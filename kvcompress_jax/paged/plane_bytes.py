@@ -20,30 +20,41 @@ def refined_slots(fine_rows: int, fine_bits: int) -> int:
 
 
 def join_planes(keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Packed rows, u8[..., heads, rows, dim/2] each, to a plane u8[..., 2, heads, rows * dim/2]."""
+    """Packed codes as they are to lie, keys u8[..., heads, rows, dim/2] and values u8[..., heads,
+    dim/2, rows], to a plane u8[..., 2, heads, rows * dim/2]."""
     flat = (*keys.shape[:-2], keys.shape[-2] * keys.shape[-1])
-    halves = keys.reshape(flat), values.swapaxes(-1, -2).reshape(flat)
-    return jnp.stack(halves, axis=-3)
+    return jnp.stack([keys.reshape(flat), values.reshape(flat)], axis=-3)
 
 
-def join_fine(keys: jax.Array, values: jax.Array, fine_bits: int) -> jax.Array:
-    """Packed fine codes of refined slots, u8[..., heads, slots, dim/2] each, to a fine plane."""
+def split_planes(plane: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `join_planes`."""
+    *lead, size = plane.shape
+    half = dim // 2
+    rows = size // half
+    keys = plane[..., 0, :, :].reshape(*lead[:-2], lead[-1], rows, half)
+    values = plane[..., 1, :, :].reshape(*lead[:-2], lead[-1], half, rows)
+    return keys, values
+
+
+def share_fine(keys: jax.Array, values: jax.Array, fine_bits: int) -> tuple[jax.Array, jax.Array]:
+    """Packed fine codes of refined slots, shaped like those of `join_planes`, as a fine plane has
+    them: what `join_planes` takes."""
     if fine_bits == 2:
-        keys, values = share_rows(keys), share_rows(values)
-    return join_planes(keys, values)
+        return share_rows(keys), share_rows(values, axis=-1)
+    return keys, values
 
 
 def split_fine(plane: jax.Array, dim: int, fine_bits: int) -> tuple[jax.Array, jax.Array]:
-    """The inverse of `join_fine`."""
+    """The inverse of `share_fine` and `join_planes`."""
     keys, values = split_planes(plane, dim)
     if fine_bits == 2:
-        return separate_rows(keys), separate_rows(values)
+        return separate_rows(keys), separate_rows(values, axis=-1)
     return keys, values
 
 
 def pack_planes(keys: jax.Array, values: jax.Array) -> jax.Array:
     """Codes 0..15, u8[..., heads, rows, dim] each, to a plane u8[..., 2, heads, rows * dim/2]."""
-    return join_planes(pack(keys), pack(values))
+    return join_planes(pack(keys), pack(values.swapaxes(-1, -2), axis=-2))
 
 
 def unpack_planes(plane: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
@@ -56,15 +67,14 @@ def unpack_planes(plane: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       keys and values, u8[..., heads, rows, dim], 0..15.
     """
-    keys, values = split_planes(plane, dim)
-    return unpack(keys), unpack(values)
+    return _by_row(split_planes(plane, dim))
 
 
-def split_planes(plane: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
-    """A plane to packed rows, u8[..., heads, rows, dim/2] each: the inverse of `join_planes`."""
-    *lead, size = plane.shape
-    half = dim // 2
-    rows = size // half
-    keys = plane[..., 0, :, :].reshape(*lead[:-2], lead[-1], rows, half)
-    values = plane[..., 1, :, :].reshape(*lead[:-2], lead[-1], half, rows)
-    return keys, values.swapaxes(-1, -2)
+def unpack_fine(plane: jax.Array, dim: int, fine_bits: int) -> tuple[jax.Array, jax.Array]:
+    """Like `unpack_planes`, of a fine plane: of all slots that it refines."""
+    return _by_row(split_fine(plane, dim, fine_bits))
+
+
+def _by_row(packed: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    keys, values = packed
+    return unpack(keys), unpack(values, axis=-2).swapaxes(-1, -2)

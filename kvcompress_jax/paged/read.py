@@ -4,18 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kvcompress_jax.calibrated import CalibratedCode, RowLayout, decode_rows
-from kvcompress_jax.codec import (
-    Scale,
-    narrow,
-    reconstruct,
-    refined_position,
-    unpack,
-    unpack_both,
-)
+from kvcompress_jax.codec import Scale, narrow, reconstruct
 from kvcompress_jax.paged.cache import PagedCache
-from kvcompress_jax.paged.plane_bytes import split_fine, split_planes
+from kvcompress_jax.paged.page_halves import read_halves
+from kvcompress_jax.paged.products import FEW_QUERIES, KeyValueBlock, PageByPage, block_of
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -40,8 +35,26 @@ def decode_pages(
     Returns:
       keys and values, [..., heads, page_size, dim]; slot j holds token `slot_tokens(...)[..., j]`.
     """
-    keys, values = _decode(cache, layer, ids, live)
-    return narrow(keys, dtype), narrow(values, dtype)
+    layout = cache.layout
+    if cache.code is not None and layout.rows is not None:
+        keys, values = _decode_row_pages(cache, cache.code.at(layer), layout.rows, layer, ids, live)
+        return narrow(keys, dtype), narrow(values, dtype)
+    codes = read_halves(cache, layer, ids, live, turn_values=True)
+    keys, values = (x.position(_joined(x.halves)) for x in codes)
+    key_scale, value_scale = _scales(cache, layer, ids, live)
+    return (
+        narrow(reconstruct(keys, key_scale, axis=-2), dtype),
+        narrow(reconstruct(values, value_scale, axis=-1), dtype),
+    )
+
+
+def _joined(halves: tuple[jax.Array, jax.Array]) -> jax.Array:
+    if jax.default_backend() != "cpu":
+        return jnp.concatenate(halves, axis=-1)
+    # Fused with what comes before and after, XLA asks for every number in which half it is: with
+    # both in memory on the way it takes three quarters of the time.
+    halves = lax.optimization_barrier(halves)
+    return lax.optimization_barrier(jnp.concatenate(halves, axis=-1))
 
 
 def read_pages(
@@ -69,21 +82,34 @@ def slot_tokens(cache: PagedCache, layer: jax.Array | int, ids: jax.Array) -> ja
     return jnp.broadcast_to(tokens, (*ids.shape, layout.kv_heads, layout.page_size))
 
 
-def _decode(
-    cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    layout = cache.layout
-    if cache.code is not None and layout.rows is not None:
-        return _decode_row_pages(cache, cache.code.at(layer), layout.rows, layer, ids, live)
-    key_scale = _scale_of(cache.key_scale, layer, ids, live)
-    value_scale = _scale_of(cache.value_scale, layer, ids, live)
-    packed = split_planes(cache.base[layer, ids], layout.head_dim)
-    if layout.fine_rows and cache.fine.shape[0]:
-        fine, has = _fine_rows(cache, layer, ids, live)
-        keys, values = (_positions(x, y, has) for x, y in zip(packed, fine, strict=True))
-    else:
-        keys, values = (unpack(x).astype(jnp.float32) for x in packed)
-    return reconstruct(keys, key_scale, axis=-2), reconstruct(values, value_scale, axis=-1)
+def decode_block(
+    cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array, *, queries: int
+) -> KeyValueBlock:
+    """Like `decode_pages`, for attention: with few queries, what lies in base and fine planes stays
+    where it lies.
+
+    Args:
+      cache, layer: as in `decode_pages`.
+      ids: i32[sequences, pages] page ids, all in range.
+      live: bool[sequences, pages]: pages to decode; the others read as zeros.
+      queries: of a sequence, times query heads of a KV head.
+    """
+    if cache.layout.rows is not None or queries > FEW_QUERIES:
+        return block_of(*decode_pages(cache, layer, ids, live), queries=queries)
+    keys, values = read_halves(cache, layer, ids, live, turn_values=False)
+    key_scale, value_scale = _scales(cache, layer, ids, live)
+    steps, zeros = (jnp.split(x, 2, axis=-1) for x in (key_scale.step, key_scale.zero))
+    key_scales = [Scale(step=x, zero=y) for x, y in zip(steps, zeros, strict=True)]
+    return PageByPage(
+        keys=tuple(
+            reconstruct(keys.position(half), scale, axis=-2)
+            for half, scale in zip(keys.halves, key_scales, strict=True)
+        ),
+        values=tuple(
+            reconstruct(values.position(half), value_scale, axis=-2) for half in values.halves
+        ),
+        turned=True,
+    )
 
 
 def _decode_row_pages(
@@ -104,6 +130,15 @@ def _decode_row_pages(
     return jnp.where(live, keys, 0.0), jnp.where(live, values, 0.0)
 
 
+def _scales(
+    cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
+) -> tuple[Scale, Scale]:
+    return (
+        _scale_of(cache.key_scale, layer, ids, live),
+        _scale_of(cache.value_scale, layer, ids, live),
+    )
+
+
 def _scale_of(
     scale: Scale, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
 ) -> Scale:
@@ -115,23 +150,3 @@ def _scale_of(
         step=jnp.where(live, picked.step, jnp.zeros_like(picked.step)),
         zero=jnp.where(live, picked.zero, jnp.zeros_like(picked.zero)),
     )
-
-
-def _fine_rows(
-    cache: PagedCache, layer: jax.Array | int, ids: jax.Array, live: jax.Array | None
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Packed fine codes of keys and of values, u8[..., heads, refined_slots, dim/2], 0 in pages
-    without; and bool[..., 1, 1, 1], which pages have some."""
-    chunk = cache.fine_of[layer, ids]
-    has = chunk >= 0 if live is None else live & (chunk >= 0)
-    fine = cache.fine[jnp.where(has, chunk, 0)]
-    has = has[..., None, None, None]
-    fine, layout = jnp.where(has, fine, jnp.uint8(0)), cache.layout
-    return split_fine(fine, layout.head_dim, layout.fine_bits), has
-
-
-def _positions(base: jax.Array, fine: jax.Array, has: jax.Array) -> jax.Array:
-    """In steps, f32[..., heads, page_size, dim], of packed rows, the first of which are refined."""
-    first, rest = jnp.split(base, [fine.shape[-2]], axis=-2)
-    refined = refined_position(unpack_both(first, fine), has)
-    return jnp.concatenate([refined, unpack(rest).astype(jnp.float32)], axis=-2)

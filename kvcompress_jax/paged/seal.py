@@ -17,8 +17,7 @@ from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.heads import head_by_head, on_all_heads
 from kvcompress_jax.paged.page_code import (
     FIT_AXES,
-    PageFit,
-    PageRows,
+    PageParts,
     code_rows,
     fit_page,
     lay_out,
@@ -70,6 +69,9 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
     )
     # Where the heads are in its arguments, with layers before them.
     code_axes = (1, 1, 1, HEAD_AXIS, None)
+    lay_out_layers = jax.vmap(
+        functools.partial(lay_out, fine_rows=fine_rows, fine_bits=layout.fine_bits)
+    )
     token = jnp.arange(layout.page_size, dtype=jnp.int32)
 
     def body(i: jax.Array, cache: PagedCache) -> PagedCache:
@@ -122,11 +124,10 @@ def seal_xla(cache: PagedCache, sealing: Sealing) -> PagedCache:
                 )
                 feedback = at_position(cache.feedback, sealing.first[i])
                 rows = _in_memory(finite, code, keys, values, fit, feedback, refines)
+            parts = _in_memory(finite, lay_out_layers, rows, fit)
             write = functools.partial(
                 _store_planes,
-                rows=rows,
-                fit=fit,
-                fine_rows=fine_rows,
+                code=parts,
                 page=sealing.page[i],
                 chunks=sealing.chunks[i],
             )
@@ -163,43 +164,45 @@ def _in_memory(needed: jax.Array, work: Callable[..., _Tree], *args: Any) -> _Tr
 def _store_planes(
     cache: PagedCache,
     *,
-    rows: PageRows,
-    fit: PageFit,
-    fine_rows: int,
+    code: PageParts,
     page: jax.Array,
     chunks: jax.Array,
 ) -> PagedCache:
-    """Lays out one page's code and writes it.
+    """Writes one page's code.
 
     Slices are updated, not scattered to: on JAX 0.10, XLA scatters bfloat16 on CPUs by way of a
     float32 copy of the whole pool.
 
     Args:
       cache: updated in place under donation.
-      rows: the codes of all layers.
-      fit: that they were coded against.
-      fine_rows: of the fine plane, 0 where no page can have one.
+      code: of all layers.
       page: i32[].
       chunks: i32[layers], -1 for layers that go to level 2.
     """
-    whole = functools.partial(lay_out, fine_rows=fine_rows, fine_bits=cache.layout.fine_bits)
-    code = jax.vmap(whole)(rows, fit)
 
     def put(pool: jax.Array, x: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(pool, x[:, None], page, axis=1)
 
-    fine = cache.fine
+    base, fine = cache.base, cache.fine
+    for i, half in enumerate(code.base):
+        base = lax.dynamic_update_slice(base, _flat(half)[:, None, None], (0, page, i, 0, 0))
     if fine.shape[0]:  # indices out of range are dropped
-        fine = fine.at[jnp.where(chunks >= 0, chunks, fine.shape[0])].set(code.fine, mode="drop")
+        chunk = jnp.where(chunks >= 0, chunks, fine.shape[0])
+        for i, half in enumerate(code.fine):
+            fine = fine.at[chunk, i].set(_flat(half), mode="drop")
     return dataclasses.replace(
         cache,
-        base=put(cache.base, code.base),
+        base=base,
         key_scale=jax.tree.map(put, cache.key_scale, code.key_scale),
         value_scale=jax.tree.map(put, cache.value_scale, code.value_scale),
         order=put(cache.order, code.order),
         fine=fine,
         fine_of=put(cache.fine_of, chunks),
     )
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _finish(cache: PagedCache, kv: jax.Array, sealing: Sealing, i: jax.Array) -> PagedCache:

@@ -13,6 +13,7 @@ from kvcompress_jax.codec import (
     share_rows,
     unpack,
     unpack_both,
+    unpack_halves,
 )
 
 
@@ -47,8 +48,9 @@ def test_both_nibbles_of_any_byte():
     every = jnp.arange(256, dtype=jnp.uint8).reshape(8, 32)
     assert np.array_equal(pack_low(every), pack(every & jnp.uint8(15)))
     assert np.array_equal(pack_high(every), pack(every >> jnp.uint8(4)))
-    assert np.array_equal(unpack_both(pack_high(every), pack_low(every)), every)
-    assert not np.array_equal(unpack_both(pack_low(every), pack_high(every)), every)
+    halves = jnp.split(every, 2, axis=-1)
+    assert np.array_equal(unpack_both(pack_high(every), pack_low(every)), halves)
+    assert not np.array_equal(unpack_both(pack_low(every), pack_high(every)), halves)
 
 
 def test_two_rows_of_two_bits_share_one():
@@ -59,3 +61,17 @@ def test_two_rows_of_two_bits_share_one():
     # The first half of the rows has the lower bits.
     assert np.array_equal(4 * (unpack(shared) & jnp.uint8(3)), codes[:, :4])
     assert not np.array_equal(codes[:, 4:], codes[:, :4])
+
+
+def test_channels_and_rows_may_lie_along_any_axis():
+    codes = 4 * jax.random.randint(jax.random.key(1), (3, 8, 64), 0, 4).astype(jnp.uint8)
+    turned = codes.swapaxes(-1, -2)
+    for function in (pack, pack_low, pack_high, unpack):
+        other = function(turned, axis=-2).swapaxes(-1, -2)
+        assert np.array_equal(function(codes), other)
+        assert other.shape != codes.shape
+    packed = pack(codes)
+    shared = share_rows(packed.swapaxes(-1, -2), axis=-1)
+    assert np.array_equal(share_rows(packed), shared.swapaxes(-1, -2))
+    assert np.array_equal(separate_rows(shared, axis=-1), packed.swapaxes(-1, -2))
+    assert np.array_equal(jnp.concatenate(unpack_halves(packed), axis=-1), codes)

@@ -39,6 +39,7 @@ INTERPRETED = functools.partial(attention_triton, tuning=TUNING, interpret=True)
 CASES = {
     "page16": (16, 64, 4, 1, "bfloat16", 0.5, {"fine_bits": 4}),
     "six-bits": (16, 64, 4, 1, "bfloat16", 0.5, {"fine_bits": 2}),
+    "some-six-bits": (16, 64, 4, 1, "bfloat16", 0.2, {"fine_bits": 2}),
     "window-cap": (16, 64, 2, 2, "float16", 0.5, {"window": 20, "soft_cap": 2.0, "fine_bits": 2}),
     "all-refined": (32, 96, 7, 1, "float16", 1.0, {}),
     "prefill": (16, 64, 2, 6, "bfloat16", 0.25, {}),

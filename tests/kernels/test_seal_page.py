@@ -41,6 +41,7 @@ SIZES = [
     (64, 128, 32, "bfloat16", 32, 4),
     (16, 64, 8, "float16", 16, 2),
     (64, 128, 32, "bfloat16", 32, 2),
+    (32, 64, 8, "bfloat16", 32, 2),
 ]
 
 
@@ -94,7 +95,7 @@ def run_triton(work, pools, channels, **changes):
 @functools.partial(jax.jit, static_argnames=("fine_rows", "fine_bits"))
 def _code_page(keys, values, fit, refines, *, fine_rows, fine_bits):
     fine = {"fine_rows": fine_rows, "fine_bits": fine_bits}
-    return lay_out(code_rows(keys, values, fit, None, refines, **fine), fit, **fine)
+    return lay_out(code_rows(keys, values, fit, None, refines, **fine), fit, **fine).joined()
 
 
 def expected_page(work, entry, layer, fine_rows):
@@ -183,7 +184,7 @@ def fed_code(work, entry, layer, fine_rows, feedback):
         page = PageFeedback(carry=carry, answer=answer)
         fine = {"fine_rows": fine_rows, "fine_bits": work.fine_bits}
         rows = code_rows(keys, values, fit, page, refines, **fine)
-        return lay_out(rows, fit, **fine)
+        return lay_out(rows, fit, **fine).joined()
 
     return code(kv[0], kv[1], fit, *both)
 
@@ -213,7 +214,7 @@ def fed_differences(work, pools, fine_rows, feedback):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("page_size", "dim", "fine_rows", "dtype", "channels", "fine_bits"),
-    [SIZES[0], SIZES[2], SIZES[3], SIZES[6]],
+    [SIZES[0], SIZES[2], SIZES[3], SIZES[6], SIZES[8]],
 )
 def test_keys_are_fed_back_as_in_the_paged_cache(
     page_size, dim, fine_rows, dtype, channels, fine_bits
@@ -318,3 +319,6 @@ def test_bad_input_is_one_line():
         NotImplementedError, match=r"channels: expected a power of two that divides 32"
     ):
         run_triton(work, pools, 24)
+    shared = empty_pools(16, 64, 6, 2)
+    with pytest.raises(NotImplementedError, match="fine_rows: expected a power of two where two"):
+        seal_page_triton(work.raw, shared, **work.tables, interpret=True)

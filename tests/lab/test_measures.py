@@ -7,7 +7,7 @@ import pytest
 from kvcompress_jax.lab.divergence import divergence
 from kvcompress_jax.lab.output import OutputError, replacing, write_json
 from kvcompress_jax.lab.retrieval import plant_facts
-from kvcompress_jax.lab.texts import TextError, load_text, take_tokens
+from kvcompress_jax.lab.texts import TextError, load_text, split_texts, take_tokens
 
 
 def reference(p_logits, q_logits, targets):
@@ -72,6 +72,13 @@ def test_texts(tmp_path):
     assert take_tokens([1, 2, 3], 2, name="text") == [1, 2]
     with pytest.raises(TextError, match="text: expected at least 4 tokens, got 3"):
         take_tokens([1, 2, 3], 4, name="text")
+    assert split_texts({"a": "abcdefg"}, 1) == {"a": "abcdefg"}
+    assert split_texts({"a": "abcdefg", "b": "xy"}, 2) == {
+        "a 1/2": "abc",
+        "a 2/2": "def",
+        "b 1/2": "x",
+        "b 2/2": "y",
+    }
 
 
 def test_output_is_whole_or_not_at_all(tmp_path):

@@ -33,6 +33,7 @@ from tests.paged.batch import make_batch, poison, reference_page
 CONFIG = CompressionConfig(page_size=16, window_tokens=0, fine_bits=4)
 LAYOUT = CONFIG.layout(layers=3, kv_heads=2, head_dim=64, dtype="float32")
 EVEN = dataclasses.replace(LAYOUT, fine_bits=2)
+PARTLY = dataclasses.replace(LAYOUT, fine_bits=2, fine_rows=3)
 SIZES = PoolSizes(raw_pages=4, sealed_pages=5, fine_chunks=12, sink_slots=2)
 
 _seal = jax.jit(seal)
@@ -122,11 +123,23 @@ def test_all_tokens_alike_are_within_the_bound_of_six_bits():
     )
 
 
-@pytest.mark.parametrize("fine_bits", [4, 2])
+def test_some_tokens_are_within_the_bound_of_six_bits():
+    cache = filled(PARTLY)
+    before = np.asarray(cache.raw)
+    cache = _seal(cache, sealing((0, 3, [0, 1, 2], -1), (2, 1, [-1, -1, -1], -1)))
+    assert within_level(cache, 3, before[:, 0], fine_slots=6, fine_bits=2)
+    assert not within_level(cache, 3, before[:, 0], fine_slots=7, fine_bits=2)
+    assert not within_level(cache, 3, before[:, 0], fine_slots=6, fine_bits=3)
+    assert within_level(cache, 1, before[:, 2], fine_slots=0)
+    assert np.any(np.asarray(cache.order[:, 3]) != np.arange(16))
+    assert np.array_equal(np.sort(cache.order[:, 3]), np.broadcast_to(np.arange(16), (3, 2, 16)))
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, EVEN, PARTLY], ids=["mixed", "even", "partly"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_read_pages_is_the_documented_format(dtype, head_dim, fine_bits):
-    layout = dataclasses.replace(LAYOUT, dtype=dtype, head_dim=head_dim, fine_bits=fine_bits)
+def test_read_pages_is_the_documented_format(dtype, head_dim, layout):
+    layout = dataclasses.replace(layout, dtype=dtype, head_dim=head_dim)
     cache = _seal(filled(layout), sealing((0, 3, [0, 1, 2], -1), (2, 1, [-1, 5, -1], -1)))
     for page in (3, 1):
         for layer in range(3):
@@ -369,8 +382,11 @@ def test_effective_bits():
         ({"page_size": 48}, r"page_size: expected one of \(16, 32, 64, 128, 256\), got 48"),
         ({"head_dim": 65}, "head_dim: expected an even number, got 65"),
         ({"dtype": "int8"}, "dtype: expected one of .*, got 'int8'"),
-        ({"fine_bits": 2, "fine_rows": 4}, r"fine_bits: expected 4, or 2 with fine_rows=8 "),
-        ({"fine_bits": 3}, r"fine_bits: expected 4, or 2 with fine_rows=8 "),
+        (
+            {"fine_bits": 2, "fine_rows": 9},
+            "fine_bits: expected 4, or 2 with fine_rows of at most 8 ",
+        ),
+        ({"fine_bits": 3}, "fine_bits: expected 4, or 2 with fine_rows of at most 8 "),
         ({"fine_rows": 17}, r"fine_rows: expected 0 to 16 \(page_size\), got 17"),
         ({"sink_tokens": 16}, r"sink_tokens: expected 0 to 15 \(page_size - 1\), got 16"),
         ({"layers": 0}, "layers: expected at least 1, got 0"),

@@ -85,7 +85,9 @@ def same(a, b):
     return None
 
 
-@pytest.mark.parametrize("change", [{}, {"fine_rows": 0}, {"fine_bits": 2}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"fine_rows": 0}, {"fine_bits": 2}, {"fine_bits": 2, "fine_rows": 4}], ids=str
+)
 def test_the_cache_is_the_same(change):
     cache, shadow = make_cache(**change), None
     if not change:

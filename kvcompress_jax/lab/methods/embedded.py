@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcompress_jax.codec import reconstruct, refine, unpack
+from kvcompress_jax.codec import reconstruct, refine
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.feedback import KeyFeedback, at_position
 from kvcompress_jax.importance.policies.base import LayerTokens, attention_mass, queries_that_see
@@ -20,7 +20,7 @@ from kvcompress_jax.paged.page_code import (
     fit_page,
     lay_out,
 )
-from kvcompress_jax.paged.plane_bytes import split_fine, unpack_planes
+from kvcompress_jax.paged.plane_bytes import unpack_fine, unpack_planes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class Embedded:
                 )
                 laid_out = jax.vmap(functools.partial(lay_out, fine_rows=rows, fine_bits=bits))(
                     coded, fit
-                )
+                ).joined()
                 vectors.append(_decode(laid_out, bits if refines else 0))
             return vectors, self._rank(laid_out, layer.index)
 
@@ -152,7 +152,7 @@ def _decode(code: PageCode, fine_bits: int) -> tuple[jax.Array, jax.Array]:
     slot = _slot_of_token(code)[..., None]
     position = [x.astype(jnp.float32) for x in unpack_planes(code.base, dim)]
     if fine_bits:
-        detail = [unpack(x) for x in split_fine(code.fine, dim, fine_bits)]
+        detail = unpack_fine(code.fine, dim, fine_bits)
         position = [x + refine(y) for x, y in zip(position, detail, strict=True)]
     keys = reconstruct(position[0], code.key_scale, axis=-2)
     values = reconstruct(position[1], code.value_scale, axis=-1)
@@ -175,20 +175,20 @@ class Planes:
     method: Embedded = dataclasses.field(metadata={"static": True})
     coarse: tuple[jax.Array, jax.Array]  # f32[layers, sealed, heads, dim], keys and values
     fine: tuple[jax.Array, jax.Array]  # like coarse
-    even: tuple[jax.Array, jax.Array] | None  # like coarse; None: no page is refined evenly
+    even: tuple[jax.Array, jax.Array] | None  # like coarse; None: no token is refined by 2 bits
     rank: jax.Array  # i32[layers, sealed, heads]
 
     def refined(self, context: Context, rows: np.ndarray, *, even: bool = False) -> Compressed:
-        """The context with the first tokens of every page refined, or all of them.
+        """The context with the first tokens of every page refined.
 
         Args:
           context: that the planes are of.
           rows: int[layers], of the fine plane of a page and head.
-          even: rows are of 2 bits for every token: half a page of them, or none.
+          even: tokens are refined by 2 bits, two to a row.
         """
         sealed = self.rank.shape[1]
         of_layer = jnp.asarray(rows, jnp.int32)[:, None, None]
-        chosen = jnp.broadcast_to(of_layer > 0, self.rank.shape) if even else self.rank < of_layer
+        chosen = self.rank < (2 * of_layer if even else of_layer)
         refined = self.fine
         if even:
             assert self.even is not None

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from kvcompress_jax.config import RECIPES, ConfigError
+from kvcompress_jax.config import RECIPES, CompressionConfig, ConfigError
 from kvcompress_jax.importance import MAGNITUDES
 from kvcompress_jax.importance.policies import POLICIES
 from kvcompress_jax.importance.policies.base import Policy
@@ -49,10 +49,33 @@ def _integers(make: Callable[[int], Method], wanted: Wanted) -> Method | None:
 
 
 def _embedded(wanted: Wanted) -> Method | None:
-    for least, name in ((7.5, "safe"), (5.5, "balanced"), (4.5, "compact"), (4.0, "extreme")):
+    partly = _partly(RECIPES["balanced"], wanted)
+    if partly is not None:
+        return Embedded(config=partly)
+    for least, name in ((7.5, "safe"), (4.5, "compact"), (4.0, "extreme")):
         if wanted.bits >= least:
             return Embedded(config=RECIPES[name])
     return None
+
+
+_COMPACT_BITS = 4.63  # of the recipe, scales and tables counted
+_EVEN_BITS = 6.25  # from here on, half of a fine plane: the recipes of 6.63 bits
+
+
+def _partly(config: CompressionConfig, wanted: Wanted) -> CompressionConfig | None:
+    """Some tokens of a page refined, as many as are paid for, to half of a fine plane; by 4 bits
+    or by 2, as the configuration has it."""
+    if not _COMPACT_BITS + 0.125 <= wanted.bits < 7.5:
+        return None
+    rows = round((wanted.bits - _COMPACT_BITS) / 4 * config.page_size)
+    ratio = rows / config.page_size if wanted.bits < _EVEN_BITS else 0.5
+    return dataclasses.replace(config, ratio=ratio)
+
+
+def _drawn(wanted: Wanted) -> Method | None:
+    """Tokens that are refined as in `embedded`, or where that refines all, by 4 bits: drawn."""
+    config = _partly(RECIPES["balanced" if wanted.bits < _EVEN_BITS else "mixed"], wanted)
+    return None if config is None else Embedded(config=config, random_selection=0)
 
 
 def _calibrated(wanted: Wanted) -> Method | None:
@@ -63,9 +86,10 @@ def _calibrated(wanted: Wanted) -> Method | None:
     return Calibrated(profile=max(fitting)[1], fingerprint=wanted.fingerprint)
 
 
-def _mixed(method: Embedded, wanted: Wanted) -> Method | None:
-    """Half of the tokens at 8 bits, half at 4."""
-    return method if 5.5 <= wanted.bits < 7.5 else None
+def _mixed(magnitude: str, wanted: Wanted) -> Method | None:
+    """Some tokens at 8 bits, the others at 4."""
+    config = _partly(dataclasses.replace(RECIPES["mixed"], magnitude=magnitude), wanted)
+    return None if config is None else Embedded(config=config)
 
 
 def _fp8(wanted: Wanted) -> Method | None:
@@ -117,11 +141,12 @@ _QUANTISERS: dict[str, Factory] = {
 }
 
 
-def _nearest(wanted: Wanted) -> Method | None:
+def _other_rounding(feeds_back: bool, wanted: Wanted) -> Method | None:
+    """`embedded` with error feedback, or without, where its recipe has it the other way."""
     method = _embedded(wanted)
-    if not isinstance(method, Embedded) or not method.config.feeds_errors_back:
+    if not isinstance(method, Embedded) or method.config.feeds_errors_back == feeds_back:
         return None
-    return Embedded(config=dataclasses.replace(method.config, error_feedback=False))
+    return Embedded(config=dataclasses.replace(method.config, error_feedback=feeds_back))
 
 
 _EVICTIONS: dict[str, Factory] = {
@@ -131,16 +156,10 @@ _EVICTIONS: dict[str, Factory] = {
 METHODS: dict[str, Factory] = {
     "calibrated": _calibrated,
     **_QUANTISERS,
-    "embedded-nearest": _nearest,
-    "random-selection": functools.partial(
-        _mixed, Embedded(config=RECIPES["mixed"], random_selection=0)
-    ),
-    **{
-        f"importance-{name}": functools.partial(
-            _mixed, Embedded(config=dataclasses.replace(RECIPES["mixed"], magnitude=name))
-        )
-        for name in MAGNITUDES
-    },
+    "embedded-feedback": functools.partial(_other_rounding, True),
+    "embedded-nearest": functools.partial(_other_rounding, False),
+    "random-selection": _drawn,
+    **{f"importance-{name}": functools.partial(_mixed, name) for name in MAGNITUDES},
     "specification": _specification,
     "minicache": _minicache,
     **_EVICTIONS,
@@ -156,6 +175,7 @@ METHODS: dict[str, Factory] = {
 ALL = (
     "calibrated",
     *_QUANTISERS,
+    "embedded-feedback",
     "embedded-nearest",
     "random-selection",
     "specification",
