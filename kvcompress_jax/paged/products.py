@@ -80,7 +80,18 @@ class PageByPage:
         weights = weights.transpose(0, 3, 1, 2, 4)
         axes = "dt" if self.turned else "td"
         product = functools.partial(_einsum, f"sphnt,sph{axes}->sphnd", weights)
-        return jnp.sum(jnp.concatenate([product(x) for x in self.values], axis=-1), axis=1)
+        return _sum_pages(jnp.concatenate([product(x) for x in self.values], axis=-1))
+
+
+def _sum_pages(x: jax.Array) -> jax.Array:
+    """Sum over axis 1, by halves: in which order XLA sums depends on how many heads there are, and
+    shards of any number of heads are to get the same bits."""
+    pages = x.shape[1]
+    more = (1 << (pages - 1).bit_length()) - pages
+    x = jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
+    while x.shape[1] > 1:
+        x = functools.reduce(jnp.add, jnp.split(x, 2, axis=1))
+    return x[:, 0]
 
 
 def block_of(keys: jax.Array, values: jax.Array, *, queries: int) -> KeyValueBlock:
