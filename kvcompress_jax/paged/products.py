@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Queries times query heads of a KV head up to which page by page is faster: with 16 they tie, with
-# more it takes up to three times as long.
+# Queries times query heads of a KV head up to which page by page is faster on a CPU: with 32 it
+# takes a fifth longer, with 500 three times as long.
 FEW_QUERIES = 8
 
 _einsum = functools.partial(
@@ -94,9 +94,15 @@ def _sum_pages(x: jax.Array) -> jax.Array:
     return x[:, 0]
 
 
+def goes_page_by_page(queries: int) -> bool:
+    """Whether so many queries times query heads of a KV head are multiplied so. Other devices than
+    CPUs move numbers fast, and have not been measured."""
+    return queries <= FEW_QUERIES and jax.default_backend() == "cpu"
+
+
 def block_of(keys: jax.Array, values: jax.Array, *, queries: int) -> KeyValueBlock:
     """Keys and values, f32[sequences, pages, heads, tokens, dim], for so many queries times query
     heads of a KV head."""
-    if queries > FEW_QUERIES:
-        return AllPages(keys, values)
-    return PageByPage((keys,), (values,))
+    if goes_page_by_page(queries):
+        return PageByPage((keys,), (values,))
+    return AllPages(keys, values)

@@ -10,7 +10,7 @@ from kvcompress_jax.calibrated import CalibratedCode, RowLayout, decode_rows
 from kvcompress_jax.codec import Scale, narrow, reconstruct
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.page_halves import read_halves
-from kvcompress_jax.paged.products import FEW_QUERIES, KeyValueBlock, PageByPage, block_of
+from kvcompress_jax.paged.products import KeyValueBlock, PageByPage, block_of, goes_page_by_page
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -94,7 +94,7 @@ def decode_block(
       live: bool[sequences, pages]: pages to decode; the others read as zeros.
       queries: of a sequence, times query heads of a KV head.
     """
-    if cache.layout.rows is not None or queries > FEW_QUERIES:
+    if cache.layout.rows is not None or not goes_page_by_page(queries):
         return block_of(*decode_pages(cache, layer, ids, live), queries=queries)
     keys, values = read_halves(cache, layer, ids, live, turn_values=False)
     key_scale, value_scale = _scales(cache, layer, ids, live)

@@ -29,6 +29,7 @@ CONFIGS = {
     "balanced": SMALL,
     "compact": dataclasses.replace(SMALL, seal_level=2),
     "no window": dataclasses.replace(SMALL, window_tokens=0),
+    "some refined": dataclasses.replace(SMALL, ratio=0.25),
 }
 # Of two layers the second is a floor layer, and all of its tokens have 8 bits.
 FLOORS = {
