@@ -334,8 +334,7 @@ class CompressionConfig:
         """Rows of the fine plane of a page, per head: tokens with 8 bits, or pairs with 6."""
         if not self.compresses or self.profile is not None:
             return 0
-        rows = self.refined_tokens(self.page_size)
-        return rows if self.refining_bits == 4 else min(rows, self.page_size // 2)
+        return self.refined_tokens(self.page_size)
 
     @property
     def sealed_level(self) -> int:

@@ -34,7 +34,7 @@ def test_tokens_are_refined_by_two_bits_where_that_can_be():
     for partly in ({"ratio": 0.25}, {"ratio": 0.25, "attention": "sum"}):
         layout = CompressionConfig(**partly).layout(layers=1, kv_heads=1, head_dim=2)
         assert (layout.fine_bits, layout.fine_rows, layout.refined_slots) == (2, 16, 32)
-    # What is rounded to a row more than half of the page is half of it.
+    # Rounding leads to half of the page at most.
     assert CompressionConfig(ratio=0.4999, page_size=64).fine_rows == 32
     for other in (
         {"fine_bits": 4},

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from kvcompress_jax.lab.arguments import add_kv_dtype
+from kvcompress_jax.lab.arguments import add_kv_dtype, at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--parts",
-        type=_Whole(1),
+        type=at_least(1),
         default=1,
         metavar="N",
         help="of each text, measured apart: a single context is noise of a fifth (default: 1)",
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(
             f"--{name}",
-            type=_Whole(least),
+            type=at_least(least),
             default=default,
             metavar="TOKENS",
             help=f"{what} (default: %(default)s)",
@@ -185,19 +185,3 @@ def _rates(text: str) -> tuple[float, ...]:
     if not all(1 <= b <= 16 for b in bits):
         raise argparse.ArgumentTypeError(f"expected numbers of 1 to 16, got {text!r}")
     return tuple(dict.fromkeys(bits))
-
-
-class _Whole:
-    """A whole number of at least `least`."""
-
-    def __init__(self, least: int) -> None:
-        self.least = least
-
-    def __call__(self, text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-        if value < self.least:
-            raise argparse.ArgumentTypeError(f"expected at least {self.least}, got {value}")
-        return value

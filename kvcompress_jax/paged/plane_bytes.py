@@ -22,8 +22,12 @@ def refined_slots(fine_rows: int, fine_bits: int) -> int:
 def join_planes(keys: jax.Array, values: jax.Array) -> jax.Array:
     """Packed codes as they are to lie, keys u8[..., heads, rows, dim/2] and values u8[..., heads,
     dim/2, rows], to a plane u8[..., 2, heads, rows * dim/2]."""
-    flat = (*keys.shape[:-2], keys.shape[-2] * keys.shape[-1])
-    return jnp.stack([keys.reshape(flat), values.reshape(flat)], axis=-3)
+    return jnp.stack([flat(keys), flat(values)], axis=-3)
+
+
+def flat(packed: jax.Array) -> jax.Array:
+    """Packed codes of keys or of values, in the order in which a plane has their bytes."""
+    return packed.reshape(*packed.shape[:-2], packed.shape[-2] * packed.shape[-1])
 
 
 def split_planes(plane: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:

@@ -22,6 +22,7 @@ from kvcompress_jax.paged.page_code import (
     fit_page,
     lay_out,
 )
+from kvcompress_jax.paged.plane_bytes import flat
 from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.seal_rows import seal_rows
 from kvcompress_jax.paged.seal_triton import seal_triton
@@ -185,11 +186,11 @@ def _store_planes(
 
     base, fine = cache.base, cache.fine
     for i, half in enumerate(code.base):
-        base = lax.dynamic_update_slice(base, _flat(half)[:, None, None], (0, page, i, 0, 0))
+        base = lax.dynamic_update_slice(base, flat(half)[:, None, None], (0, page, i, 0, 0))
     if fine.shape[0]:  # indices out of range are dropped
         chunk = jnp.where(chunks >= 0, chunks, fine.shape[0])
         for i, half in enumerate(code.fine):
-            fine = fine.at[chunk, i].set(_flat(half), mode="drop")
+            fine = fine.at[chunk, i].set(flat(half), mode="drop")
     return dataclasses.replace(
         cache,
         base=base,
@@ -199,10 +200,6 @@ def _store_planes(
         fine=fine,
         fine_of=put(cache.fine_of, chunks),
     )
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _finish(cache: PagedCache, kv: jax.Array, sealing: Sealing, i: jax.Array) -> PagedCache:

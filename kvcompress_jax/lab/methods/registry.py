@@ -21,6 +21,8 @@ from kvcompress_jax.lab.methods.specification import LEVEL_BITS, LiteralSpecific
 from kvcompress_jax.lab.methods.turboquant import TurboQuant
 
 CACHE_BITS = 16
+_COMPACT_BITS = 4.63  # of the recipe, scales and tables counted
+_EVEN_BITS = 6.25  # from here on, half of a fine plane: the recipes of 6.63 bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +58,6 @@ def _embedded(wanted: Wanted) -> Method | None:
         if wanted.bits >= least:
             return Embedded(config=RECIPES[name])
     return None
-
-
-_COMPACT_BITS = 4.63  # of the recipe, scales and tables counted
-_EVEN_BITS = 6.25  # from here on, half of a fine plane: the recipes of 6.63 bits
 
 
 def _partly(config: CompressionConfig, wanted: Wanted) -> CompressionConfig | None:
