@@ -145,7 +145,7 @@ def admit(config: CompressionConfig, fingerprint: str) -> None:
 
     Args:
       config: with or without a bound.
-      fingerprint: of the model (`kvcompress_jax.models.load.model_fingerprint`).
+      fingerprint: of the model (`kvcompress_jax.models.load.read_outline`).
 
     Raises:
       QualityError: the bound is not kept, or it is not known whether it is. With `config.force`

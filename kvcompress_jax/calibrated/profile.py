@@ -104,10 +104,12 @@ def save_profile(path: str | Path, profile: Profile) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a profile was made for: the model's fingerprint, and the bits that were asked for."""
+    """What a profile was made for: the model's fingerprint, the bits that were asked for, and the
+    sizes of the rows that came of it."""
 
     fingerprint: str
     bits: float
+    rows: RowLayout
 
 
 def read_origin(path: str | Path) -> Origin:
@@ -118,8 +120,9 @@ def read_origin(path: str | Path) -> Origin:
     """
     about = _read(path, ())[0]
     try:
-        return Origin(fingerprint=about["fingerprint"], bits=float(about["bits"]))
-    except (KeyError, ValueError) as e:
+        rows = RowLayout(**json.loads(about["rows"]))
+        return Origin(about["fingerprint"], bits=float(about["bits"]), rows=rows)
+    except (KeyError, TypeError, ValueError) as e:
         raise ProfileError(f"{path}: expected a profile of `kvcompress calibrate`: {e}") from None
 
 

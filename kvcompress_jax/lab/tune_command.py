@@ -83,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for-vllm",
         action="store_true",
-        help="only what the vLLM plug-in can do: no calibrated code, keys rounded to the nearest",
+        help="as the vLLM plug-in does it: keys are rounded to the nearest, unless the checked file"
+        " says error_feedback = true",
     )
     parser.add_argument(
         "--check",
@@ -139,11 +140,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--check: expected no budget and no profile beside it")
     if args.calibrate and not budget:
         raise ConfigError("--calibrate: expected --bits or --bytes with it")
-    if args.for_vllm and (args.profile or args.calibrate):
-        raise ConfigError("--for-vllm: expected no calibrated code beside it")
     checked = CompressionConfig.from_toml(args.check) if args.check else None
     if checked is not None and args.for_vllm:
-        checked = dataclasses.replace(checked, error_feedback=False)
+        checked = dataclasses.replace(checked, error_feedback=bool(checked.error_feedback))
     bound = checked.bound if checked is not None and not bounded else None
     try:
         bound = bound or QualityBound(

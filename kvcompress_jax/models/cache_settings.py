@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.importance import LearnedScore
 from kvcompress_jax.models.config import DecoderConfig
-from kvcompress_jax.models.load import Model
+from kvcompress_jax.models.load import Model, Outline
 from kvcompress_jax.paged import CacheLayout
 
 if TYPE_CHECKING:
     from kvcompress_jax.calibrated.profile import Profile
 
 
-def learned_score(model: Model, config: CompressionConfig) -> LearnedScore | None:
+def learned_score(model: Model | Outline, config: CompressionConfig) -> LearnedScore | None:
     """The trained importance that a configuration names, None when it names none or nothing is
     compressed.
 
@@ -37,7 +37,7 @@ def learned_score(model: Model, config: CompressionConfig) -> LearnedScore | Non
         raise ConfigError(f"learned_importance: {e}") from None
 
 
-def read_profile(config: CompressionConfig, model: Model) -> Profile | None:
+def read_profile(config: CompressionConfig, model: Model | Outline) -> Profile | None:
     """What `config.profile` names, checked against the model; None without one.
 
     Raises:

@@ -50,6 +50,14 @@ class Model:
         return probe_feedback(self.params, self.config, self.tokenizer)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model without its weights; attributes as of `Model`."""
+
+    config: DecoderConfig
+    fingerprint: str
+
+
 def load_model(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> Model:
     """Loads a model.
 
@@ -90,9 +98,9 @@ def load_model(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> Model:
     )
 
 
-def model_fingerprint(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> str:
-    """The fingerprint that `load_model` would give, without loading any weights: for servers that
-    load models themselves and want to know whether a profile or a measurement is of theirs.
+def read_outline(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> Outline:
+    """What `load_model` would give, without loading any weights: for servers that load models
+    themselves and want to know whether a profile or a measurement is of theirs.
 
     Args:
       source: as in `load_model`.
@@ -106,9 +114,10 @@ def model_fingerprint(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> 
         raise ModelError(f"{path}: no such file or directory")
     try:
         checkpoint = SafetensorsDirectory(path) if path.is_dir() else GgufFile(path)
-        return _fingerprint(checkpoint.config, dtype, checkpoint.files)
+        fingerprint = _fingerprint(checkpoint.config, dtype, checkpoint.files)
     except OSError as e:
         raise ModelError(f"{path}: not readable ({e.strerror or e})") from e
+    return Outline(config=checkpoint.config, fingerprint=fingerprint)
 
 
 def _smollm2() -> Path:

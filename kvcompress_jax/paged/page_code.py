@@ -108,6 +108,7 @@ def encode_page(
     seen: jax.Array,
     exact: jax.Array | None,
     learned: LearnedScore | None = None,
+    feedback: PageFeedback | None = None,
     *,
     rule: ImportanceRule,
     fine_rows: int,
@@ -127,6 +128,7 @@ def encode_page(
         the first slots and do not count in the keys' scales, which they would widen most. None:
         there are none.
       learned: trained score of this layer, or None.
+      feedback: of this layer, at this page; keys are rounded with it. None: to the nearest.
       rule: orders the tokens.
       fine_rows: rows of the fine plane, of each head.
       fine_bits: of a refined token: 4, one token to a row, or 2, two.
@@ -139,7 +141,7 @@ def encode_page(
     if fit.worth is not None:  # nothing else keeps it in memory before `code_page` orders by it
         order = jnp.argsort(-fit.worth, axis=-1, stable=True)
         fit = dataclasses.replace(fit, worth=-jnp.argsort(order, axis=-1).astype(jnp.float32))
-    return code_page(keys, values, fit, fine_rows=fine_rows, fine_bits=fine_bits)
+    return code_page(keys, values, fit, feedback, fine_rows=fine_rows, fine_bits=fine_bits)
 
 
 def fit_page(
@@ -190,11 +192,17 @@ def _coarse(x: jax.Array, scale: Scale, *, axis: int) -> jax.Array:
 
 
 def code_page(
-    keys: jax.Array, values: jax.Array, fit: PageFit, *, fine_rows: int, fine_bits: int = 4
+    keys: jax.Array,
+    values: jax.Array,
+    fit: PageFit,
+    feedback: PageFeedback | None = None,
+    *,
+    fine_rows: int,
+    fine_bits: int = 4,
 ) -> PageCode:
     """The code of a page against its fit; arguments as in `encode_page`. `fit.worth` must be in
     memory: see `order_tokens`."""
-    rows = code_rows(keys, values, fit, fine_rows=fine_rows, fine_bits=fine_bits)
+    rows = code_rows(keys, values, fit, feedback, fine_rows=fine_rows, fine_bits=fine_bits)
     return lay_out(rows, fit, fine_rows=fine_rows, fine_bits=fine_bits).joined()
 
 

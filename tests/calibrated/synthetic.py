@@ -44,5 +44,5 @@ def make_profile(*, layers=1, heads=2, dim=64, key_bytes=20, value_bits=3, seed=
         step=collect("step"),
         widths=collect("widths", np.uint8),
         value_unit=np.full((layers, heads), 0.5, np.float32),
-        about={"model": "synthetic"},
+        about={"model": "synthetic", "bits": "3.25"},
     ), keys

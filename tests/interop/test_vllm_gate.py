@@ -6,7 +6,7 @@ import pytest
 
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.interop.vllm import gate
-from kvcompress_jax.models.load import load_model, model_fingerprint
+from kvcompress_jax.models.load import load_model, read_outline
 from kvcompress_jax.quality import Measured, QualityBound, QualityError, settings_digest
 from tests.lab.small import write_small_model
 
@@ -15,7 +15,7 @@ def test_a_tuned_configuration_serves_its_model_and_no_other(tmp_path):
     model = write_small_model(tmp_path / "tiny")
     other = write_small_model(tmp_path / "other", "qwen2")
     fingerprint = load_model(model).fingerprint
-    assert model_fingerprint(model) == fingerprint != model_fingerprint(other)
+    assert read_outline(model).fingerprint == fingerprint != read_outline(other).fingerprint
     config = CompressionConfig(bound=QualityBound(kl=0.05), error_feedback=False)
     measured = Measured(
         fingerprint=fingerprint,
@@ -39,6 +39,9 @@ def test_a_tuned_configuration_serves_its_model_and_no_other(tmp_path):
     elsewhere = dataclasses.replace(config, error_feedback=None)
     with pytest.raises(QualityError, match="measured with error feedback, which keys inside vLLM"):
         gate.check(elsewhere, str(model))
+    asked = dataclasses.replace(config, error_feedback=True)
+    fed = dataclasses.replace(measured, settings=settings_digest(asked))
+    gate.check(dataclasses.replace(asked, measured=fed), str(model))
 
 
 def test_a_model_that_cannot_be_read_is_not_known(tmp_path, caplog):

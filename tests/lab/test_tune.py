@@ -13,6 +13,7 @@ from kvcompress_jax.calibrated.calibrate import calibrate, gather
 from kvcompress_jax.calibrated.profile import save_profile
 from kvcompress_jax.cli import main
 from kvcompress_jax.config import RECIPES, CompressionConfig
+from kvcompress_jax.interop.vllm import gate
 from kvcompress_jax.lab.budget import bits_for_code, sequence_bits, sequence_bytes
 from kvcompress_jax.lab.methods.base import Context
 from kvcompress_jax.lab.methods.embedded import Embedded
@@ -129,7 +130,6 @@ def test_tune_writes_what_eval_takes_and_refuses_what_it_cannot_do(files, tmp_pa
         ((), "expected --bits, --bytes, --kl, --top1 or --check"),
         (("--bytes", "1 parsec"), "expected a number of bytes"),
         (("--kl", "0.1", "--calibrate"), "--calibrate: expected --bits or --bytes"),
-        (("--kl", "1", "--for-vllm", "--profile", "x"), "--for-vllm: expected no calibrated"),
         (("--kl", "-1"), "kl: expected a number of nats, at least 0, got -1"),
         (("--bits", "5", "--check", out), "--check: expected no budget"),
     ):
@@ -194,6 +194,12 @@ def test_a_profile_of_a_model_without_outlier_keys_ruins_one_with_them(files, tm
         )
     tune = ("tune", "--model", model, "--text", text, *ARGUMENTS, "--out", tmp_path / "out.toml")
     assert run(capsys, *tune, "--check", tmp_path / "own.toml")[0] == 0
+    # vLLM takes what was measured as it does it.
+    served = run(capsys, *tune, "--check", tmp_path / "own.toml", "--for-vllm")
+    assert served[0] == 0
+    own = CompressionConfig.from_toml(tmp_path / "out.toml")
+    assert own.profile is not None and own.error_feedback is False
+    gate.check(own, str(model))
     harder = (*tune, "--outlier-keys")
     code, _, error = run(capsys, *harder, "--check", tmp_path / "disguised.toml")
     assert code == 3 and "disguised.toml: kl: expected at most 0.02 nats per token, got" in error

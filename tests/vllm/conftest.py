@@ -27,6 +27,24 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def profile(model):
+    """A calibrated code of 3.5 bits for that folder, in half a minute."""
+    path = model.parent / "profile-3.5.safetensors"
+    options = ["--bits", "3.5", "--samples", "1", "--sample-tokens", "512", "--out", str(path)]
+    subprocess.run(
+        [
+            *(sys.executable, "-c", "from kvcompress_jax.cli import main; main()"),
+            *("calibrate", "--model", str(model), *options),
+        ],
+        cwd=model.parent,
+        env=environment({}),
+        check=True,
+        timeout=SECONDS,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
 def drive(model):
     """`drive(scenario, options, compress=..., **settings)` runs a scenario once for each
     configuration (`anew`: again), in a process that compresses or in one that does not. With

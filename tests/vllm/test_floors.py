@@ -14,11 +14,13 @@ from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.interop.vllm import group
 from kvcompress_jax.interop.vllm.backend import CompressedBackend
 from kvcompress_jax.interop.vllm.floors import floor_names, with_floors
+from kvcompress_jax.interop.vllm.model_files import Source
 from kvcompress_jax.interop.vllm.platform import prepare_floors
 from kvcompress_jax.interop.vllm.verify import verify
 
 NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(6)]
 FLOORS = [NAMES[0], NAMES[4]]
+SOURCE = Source("nowhere")  # nothing is read of it
 BLOCKS = 300
 
 
@@ -57,7 +59,7 @@ def test_both_kinds_of_layers_have_one_plan(specs):
     engine = object()
     kinds = {spec: [n for n in NAMES if specs[n] == spec] for spec in specs.values()}
     groups = [
-        group.group_of(engine, spec, names, dtype="bfloat16", blocks=BLOCKS)
+        group.group_of(engine, spec, SOURCE, names, dtype="bfloat16", blocks=BLOCKS)
         for spec, names in kinds.items()
     ]
     (made,) = group.GROUPS
@@ -88,9 +90,10 @@ def test_both_kinds_of_layers_have_one_plan(specs):
         ask(other, 153)
     # Layers that are bound again, or for another engine, begin anew.
     spec, names = next(iter(kinds.items()))
-    assert group.group_of(engine, spec, names, dtype="bfloat16", blocks=BLOCKS) is not made
+    memory = {"dtype": "bfloat16", "blocks": BLOCKS}
+    assert group.group_of(engine, spec, SOURCE, names, **memory) is not made
     (again,) = group.GROUPS
-    assert group.group_of(object(), spec, names, dtype="bfloat16", blocks=BLOCKS) is not again
+    assert group.group_of(object(), spec, SOURCE, names, **memory) is not again
     with pytest.raises(RuntimeError, match=r"layers\.0.*: expected a KV cache of \d+ or \d+ bytes"):
         again.add(spec.copy_with_new_block_size(128), names)
 

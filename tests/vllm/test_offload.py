@@ -48,6 +48,21 @@ def test_compressed_pages_come_back_and_another_code_does_not_use_them(drive, tm
     assert figure(other, "disk_pages") == 0
 
 
+def test_pages_of_a_calibrated_code_come_back(drive, profile, tmp_path):
+    options = HOST | {"disk_path": str(tmp_path), "disk_bytes": 400 * MIB}
+    coded = {"KVCOMPRESS_PROFILE": str(profile)} | SMALL
+    found = drive("offload", {"options": options, "rounds": 3}, **coded)
+    first, second, third = found["answers"]
+    assert agreement(second, first) > 0.7  # a block that was raw when it left is coded now
+    assert agreement(second, turned(first)) < 0.2
+    assert third == second
+    assert found["loads"][2] in range(2 * PAGES.start, 2 * PAGES.stop)
+    again = drive("offload", {"options": options, "rounds": 1}, anew=True, **coded)
+    assert figure(again, "disk_hits") in PAGES and figure(again, "skipped") == 0
+    other = drive("offload", {"options": options, "rounds": 0}, **COMPACT)
+    assert figure(other, "skipped") == 20
+
+
 def test_a_restart_and_a_folder_that_somebody_damaged(drive, tmp_path):
     options = HOST | {"disk_path": str(tmp_path), "disk_bytes": 400 * MIB}
     first = drive("offload", {"options": options, "rounds": 1}, **EXACT)

@@ -36,6 +36,37 @@ def test_perplexity_stays(drive, recipe, bound):
     assert ours["loss"] != stock["loss"] and ours["stats"]["seals"] > 20  # it did compress
 
 
+def test_a_calibrated_code_holds_more_and_loses_less(drive, profile):
+    """3.5 bits, on a text that it was not fitted to, beside 4 bits without calibration."""
+    stock = drive("quality", ANSWERS, compress=False, **SPACE)
+    compact = drive("quality", KVCOMPRESS_RECIPE="compact", **SPACE)
+    ours = drive("quality", KVCOMPRESS_PROFILE=str(profile), **SPACE)
+    near, far = (distance(found["losses"], stock["losses"]) for found in (ours, compact))
+    print(f"nats from stock: {near:.5f} calibrated, {far:.5f} with compact")
+    print(f"perplexity {ours['perplexity']:.3f}, stock {stock['perplexity']:.3f}")
+    print(f"tokens that fit: {ours['capacity']}, with compact {compact['capacity']}")
+    assert ours["tokens"] == stock["tokens"] and 0 < near < 1.1 * far
+    assert ours["perplexity"] / stock["perplexity"] < 1.015
+    stats = ours["stats"]
+    assert stats["blocks_level_3"] > 0 == stats["blocks_level_1"] == stats["blocks_level_2"]
+    assert stats["effective_bits"] < 3.55 and compact["stats"]["effective_bits"] > 4.5
+    assert ours["capacity"] > 1.2 * compact["capacity"]
+    beside("calibrated, text", ours["loss_seconds"], stock["loss_seconds"])
+
+
+def test_error_feedback_loses_less_in_the_same_bytes(drive):
+    stock = drive("quality", ANSWERS, compress=False, **SPACE)
+    nearest = drive("quality", KVCOMPRESS_RECIPE="compact", **SPACE)
+    fed = {"KVCOMPRESS_RECIPE": "compact", "KVCOMPRESS_ERROR_FEEDBACK": "1"}
+    ours = drive("quality", **fed, **SPACE)
+    near, far = (distance(found["losses"], stock["losses"]) for found in (ours, nearest))
+    print(f"nats from stock: {near:.5f} with error feedback, {far:.5f} without")
+    assert 0 < near < 0.9 * far
+    assert ours["capacity"] == nearest["capacity"]
+    assert ours["stats"]["effective_bits"] == nearest["stats"]["effective_bits"]
+    beside("compact with feedback, text", ours["loss_seconds"], stock["loss_seconds"])
+
+
 def test_floor_layers_are_nearly_stock(drive, tmp_path):
     """All layers but one never go below level 1, and that level is 8 bits for all tokens."""
     layers = [*range(14), *range(-15, 0)]  # of 30, all but 14

@@ -66,9 +66,10 @@ def test_a_model_that_cannot_be_compressed_is_refused(drive, config, message):
     ("settings", "message"),
     [
         ({"KVCOMPRESS_RECIPE": "none"}, "KVCOMPRESS_RECIPE: expected one of"),
-        ({"KVCOMPRESS_PROFILE": "x"}, "KVCOMPRESS_PROFILE"),
+        ({"KVCOMPRESS_PROFILE": "x"}, "x: expected a profile of `kvcompress calibrate`"),
+        ({"KVCOMPRESS_TELEMETRY_SHARE": "0.1"}, "KVCOMPRESS_TELEMETRY_SHARE: not supported inside"),
     ],
-    ids=["recipe", "profile"],
+    ids=["recipe", "profile", "telemetry"],
 )
 def test_a_setting_that_cannot_be_is_refused(drive, settings, message):
     assert message in drive("start", {"options": {}}, fails=True, **SPACE, **settings)

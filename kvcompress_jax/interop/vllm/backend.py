@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -105,12 +106,16 @@ class StepBuilder(AttentionMetadataBuilder["StepMetadata"]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         from kvcompress_jax.interop.vllm.group import group_of
+        from kvcompress_jax.interop.vllm.model_files import Source
 
+        model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+        rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
         self.group = group_of(
             vllm_config,
             kv_cache_spec,
+            Source(model.model, model.revision, rank=rank, ranks=ranks),
             layer_names,
-            dtype=dtype_name(vllm_config.model_config.dtype),
+            dtype=dtype_name(model.dtype),
             blocks=vllm_config.cache_config.num_gpu_blocks,
         )
 

@@ -125,6 +125,7 @@ class BlockStates:
         step = Step(
             fine_of=self._fine_of(self.chunk_of),
             floor_fine_of=None if self._own is None else self._fine_of(self._own),
+            first=self.first,
             decode=decode_of(self, [row for row in rows if row.count == 1], columns),
             prefills=tuple(prefill_of(self, row, columns) for row in rows if row.count > 1),
             seals=seals,
@@ -137,6 +138,11 @@ class BlockStates:
         self._close([*leaving, *direct])
         self._heat = step.heat
         return step
+
+    @property
+    def first(self) -> np.ndarray:
+        """i32[blocks]: position of each block's first token, as far as it has one."""
+        return self.index * np.int32(self.page_size)
 
     def _fine_of(self, chunks: np.ndarray) -> np.ndarray:
         return np.where(self.sealed, chunks, NONE)[None].astype(np.int32)
@@ -209,13 +215,21 @@ class BlockStates:
         return int(self.raw_of[block])
 
     def adopt_sealed(
-        self, block: int, place: int, *, fine: list[np.ndarray] | None, sinks: bool, heat: float
+        self,
+        block: int,
+        place: int,
+        executor: Executor,
+        *,
+        fine: list[np.ndarray] | None,
+        sinks: bool,
+        heat: float,
     ) -> tuple[int, int]:
         """Makes a block of no running sequence a sealed one.
 
         Args:
           block: whatever it held is forgotten.
           place: in its sequence.
+          executor: acts on all layers.
           fine: fine planes of all layers but the floor layers, kept on the host when no chunk is
             free.
           sinks: whether it has exact first tokens.
@@ -226,15 +240,14 @@ class BlockStates:
         """
         self._adopt(block, place)
         self.sealed[block], self.heat[block] = True, heat
+        if sinks:
+            self._take_sink(block, executor)
         if fine is not None and self.chunks.free:
             self.chunk_of[block] = self.chunks.take()[0]
         elif fine is not None:
-            self._keep(block, fine)
+            if not sinks or self.sink_of[block] != NONE:  # or it is coded again, and they are stale
+                self._keep(block, fine)
             self.counters.unrefined += 1
-        if sinks and self.sinks.free:
-            self.sink_of[block] = self.sinks.take()[0]
-        elif sinks:
-            self.counters.without_sink += 1
         return int(self.chunk_of[block]), int(self.sink_of[block])
 
     def _adopt(self, block: int, place: int) -> None:
@@ -295,10 +308,7 @@ class BlockStates:
         for block in blocks:
             self.heat[block] = heat
             if self.index[block] == 0 and self.sinks.capacity:
-                if self.sinks.free:
-                    self.sink_of[block] = self.sinks.take()[0]
-                else:
-                    self.counters.without_sink += 1
+                self._take_sink(block, executor)
         if not self.chunks.capacity:
             return
         new = set(blocks)
@@ -310,6 +320,23 @@ class BlockStates:
                     continue
                 self._demote(cold, executor)
             self.chunk_of[block] = self.chunks.take()[0]
+
+    def _take_sink(self, block: int, executor: Executor) -> None:
+        """A slot for the exact first tokens of a block. Where none is free, the first page that is
+        the longest unused loses its own, which most likely nobody will ask for again."""
+        if not self.sinks.free:
+            unused = self.sealed & (self.used < self.steps)
+            held = np.flatnonzero(unused & (self.sink_of != NONE))
+            self.counters.without_sink += 1
+            if not len(held):
+                return
+            oldest = int(held[np.argmin(self.used[held])])
+            slot = int(self.sink_of[oldest])
+            executor.drop_sinks(oldest, int(self.chunk_of[oldest]), slot)
+            self._drop_kept(oldest)  # it refined the code of before
+            self.sinks.give_back([slot])
+            self.sink_of[oldest] = NONE
+        self.sink_of[block] = self.sinks.take()[0]
 
     def _typical_heat(self) -> float:
         return float(np.median(self.heat[self.sealed])) if self.sealed.any() else 0.0

@@ -18,6 +18,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kvcompress_jax.calibrated import CalibratedCode
+from kvcompress_jax.calibrated.profile import read_origin
 from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.paged import CacheLayout, PagedCache, PoolSizes, init_cache
 
@@ -25,7 +27,9 @@ ALIGNMENT_BYTES = 64  # what an alias in JAX needs
 BLOCKS_PER_SINK_SLOT = 24  # a sequence of 1,536 tokens in pages of 64
 
 # Pools that lie in vLLM's memory. The others are index arrays that the host keeps.
-POOLS = "base key_step key_zero value_step value_zero order fine sinks seen mass raw".split()
+POOLS = (
+    "base key_step key_zero value_step value_zero order refined fine sinks seen mass raw".split()
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +73,22 @@ class Carves:
 
 
 def layer_layout(config: CompressionConfig, *, heads: int, dim: int, dtype: str) -> CacheLayout:
-    """The layout of one layer; `dtype` is the model's."""
-    return config.layout(layers=1, kv_heads=heads, head_dim=dim, dtype=dtype)
+    """The layout of one layer; `dtype` is the model's.
+
+    Raises:
+      ProfileError: the configuration names a profile that cannot be read.
+    """
+    rows = None
+    if config.profile is not None and config.compresses:
+        rows = read_origin(config.profile).rows
+    return config.layout(layers=1, kv_heads=heads, head_dim=dim, dtype=dtype, rows=rows)
+
+
+def sealed_pools(layout: CacheLayout) -> tuple[str, ...]:
+    """The pools of which a sealed page has one entry each, by the id of its block."""
+    if layout.rows is not None:
+        return ("base", "refined")
+    return ("base", "key_step", "key_zero", "value_step", "value_zero", "order")
 
 
 def floors_differ(config: CompressionConfig, fine_share: float) -> bool:
@@ -90,9 +108,10 @@ def content_bytes(
 ) -> int:
     """Bytes of vLLM's memory per token and KV head of a layer: what the backend asks for.
 
-    Base plane, scales and order of the token, and its part of the fine chunks; of the whole,
-    `raw_share` is for raw pages and exact first tokens. A floor layer (`floors_differ`) has as much
-    and the fine chunks that the others lack, so that the size tells which of them a layer is.
+    Base plane, scales and order of the token, or its row of a calibrated code, and its part of the
+    fine chunks; of the whole, `raw_share` is for raw pages and exact first tokens. A floor layer
+    (`floors_differ`) has as much and the fine chunks that the others lack, so that the size tells
+    which of them a layer is.
     """
     tokens = layout.kv_heads * layout.page_size
     if not config.compresses:
@@ -195,7 +214,8 @@ def _resized(made: Carve, raw_pages: int) -> Carve:
 
 def _placed(made: Carve, *, check: bool = True) -> Carve:
     """With the regions that follow from its layout and sizes."""
-    shapes = pool_arrays(jax.eval_shape(functools.partial(init_cache, made.layout, made.sizes)))
+    init = functools.partial(init_cache, made.layout, made.sizes)
+    shapes = pool_arrays(jax.eval_shape(init, _any_code(made.layout)))
     regions, end = [], 0
     for name in POOLS:
         array = shapes[name]
@@ -210,6 +230,13 @@ def _placed(made: Carve, *, check: bool = True) -> Carve:
     return dataclasses.replace(made, regions=tuple(regions))
 
 
+def _any_code(layout: CacheLayout) -> CalibratedCode | None:
+    """What `init_cache` wants for a layout with rows; no pool depends on what is in it."""
+    if layout.rows is None:
+        return None
+    return CalibratedCode(*[jnp.zeros(())] * len(dataclasses.fields(CalibratedCode)))
+
+
 def pool_arrays(cache: PagedCache) -> dict[str, jax.Array]:
     """The arrays of a cache that lie in vLLM's memory, by the names in `POOLS`."""
     return {
@@ -219,6 +246,7 @@ def pool_arrays(cache: PagedCache) -> dict[str, jax.Array]:
         "value_step": cache.value_scale.step,
         "value_zero": cache.value_scale.zero,
         "order": cache.order,
+        "refined": cache.refined,
         "fine": cache.fine,
         "sinks": cache.sinks,
         "seen": cache.seen,

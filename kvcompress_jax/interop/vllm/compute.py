@@ -9,9 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kvcompress_jax.importance import ImportanceRule
+from kvcompress_jax.calibrated import CalibratedCode, RowLayout, encode_rows
+from kvcompress_jax.calibrated.code import LARGEST
+from kvcompress_jax.feedback import at_position
+from kvcompress_jax.interop.vllm.tables import CodeTables
 from kvcompress_jax.paged import (
     AttentionMass,
+    CacheLayout,
     PageCode,
     PagedCache,
     PageTable,
@@ -57,40 +61,86 @@ def attend_rows(
     return out, mass
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "fine_rows", "fine_bits", "sink_tokens"))
+@functools.partial(jax.jit, static_argnames=("layout", "fine_rows"))
 def code_pages(
     kv: jax.Array,
     mass: jax.Array,
     seen: jax.Array,
     first: HostArray,
+    exact: HostArray,
+    tables: CodeTables,
     *,
-    rule: ImportanceRule,
+    layout: CacheLayout,
     fine_rows: int,
-    fine_bits: int,
-    sink_tokens: int,
-) -> tuple[PageCode, jax.Array]:
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """The codes of full pages.
 
     Args:
       kv: [pages, 2, heads, page_size, dim].
       mass: f32[pages, heads, page_size] attention received.
       seen: f32[pages, page_size] queries that could see each token.
-      first: bool[pages]: the first tokens of the page are kept exactly elsewhere.
-      rule: orders the tokens.
-      fine_rows, fine_bits: of the fine plane, as in `encode_page`.
-      sink_tokens: that are kept exactly.
+      first: i32[pages], position of each page's first token.
+      exact: bool[pages]: the first tokens of the page are kept exactly elsewhere.
+      tables: of the layer.
+      layout: of the layer.
+      fine_rows: of the fine plane; 0 where no page has a chunk.
 
     Returns:
-      The codes, [pages, ...], and bool[pages]: the page holds a value that is not finite. Such
-      values are coded as 0: scales could not hold them.
+      The codes, [pages, ...] by the names of the pools, and bool[pages]: the page holds a value
+      that is not finite, or too large for a calibrated code. Such values are coded as 0: scales
+      could not hold them.
     """
-    finite = jnp.isfinite(kv)
-    damaged = ~jnp.all(finite, axis=(1, 2, 3, 4))
-    kv = jnp.where(finite, kv, jnp.zeros_like(kv))
-    exact = first[:, None] & (jnp.arange(kv.shape[3]) < sink_tokens)[None, :]
-    encode = functools.partial(encode_page, rule=rule, fine_rows=fine_rows, fine_bits=fine_bits)
-    code = jax.vmap(encode)(kv[:, 0], kv[:, 1], mass, seen, exact if sink_tokens else None)
-    return code, damaged
+    most = jnp.finfo(jnp.float32).max if layout.rows is None else LARGEST
+    sound = jnp.abs(kv.astype(jnp.float32)) <= most  # LARGEST is no number of float16
+    damaged = ~jnp.all(sound, axis=(1, 2, 3, 4))
+    kv = jnp.where(sound, kv, jnp.zeros_like(kv))
+    first = jnp.asarray(first)
+    kept = exact[:, None] & (jnp.arange(kv.shape[3]) < layout.sink_tokens)[None, :]
+    if layout.rows is not None and tables.code is not None:
+        return _rows(kv, mass, seen, first, kept, tables.code.at(0), layout.rows), damaged
+    learned, feedback = jax.tree.map(lambda x: x[0], (tables.learned, tables.feedback))
+
+    def encode(
+        kv: jax.Array, mass: jax.Array, seen: jax.Array, first: jax.Array, kept: jax.Array | None
+    ) -> PageCode:
+        return encode_page(
+            kv[0],
+            kv[1],
+            mass,
+            seen,
+            kept,
+            learned,
+            None if feedback is None else at_position(feedback, first),
+            rule=layout.importance,
+            fine_rows=fine_rows,
+            fine_bits=layout.fine_bits,
+        )
+
+    code = jax.vmap(encode)(kv, mass, seen, first, kept if layout.sink_tokens else None)
+    return {
+        "base": code.base,
+        "key_step": code.key_scale.step,
+        "key_zero": code.key_scale.zero,
+        "value_step": code.value_scale.step,
+        "value_zero": code.value_scale.zero,
+        "order": code.order,
+        "fine": code.fine,
+    }, damaged
+
+
+def _rows(
+    kv: jax.Array,
+    mass: jax.Array,
+    seen: jax.Array,
+    first: jax.Array,
+    kept: jax.Array,
+    code: CalibratedCode,
+    rows: RowLayout,
+) -> dict[str, jax.Array]:
+    attention = mass / jnp.maximum(seen, 1.0)[:, None]
+    encode = jax.vmap(functools.partial(encode_rows, code=code, rows=rows))
+    base, refined = encode(kv[:, 0], kv[:, 1], attention, kept, first)
+    return {"base": base, "refined": refined}
 
 
 @jax.jit

@@ -17,6 +17,9 @@ class Executor(Protocol):
     def save_fine(self, chunk: int) -> list[np.ndarray]:
         """The fine chunks of all layers but the floor layers, copied to the host."""
 
+    def drop_sinks(self, block: int, chunk: int, slot: int) -> None:
+        """Codes a first page again, with the exact tokens of a slot among the others."""
+
     def load_fine(self, chunk: int, saved: list[np.ndarray]) -> None:
         """The reverse of `save_fine`, to any chunk."""
 

@@ -13,6 +13,8 @@ from kvcompress_jax.config import CompressionConfig, ConfigError
 from kvcompress_jax.interop.vllm import settings
 from kvcompress_jax.interop.vllm.backend import dtype_name
 from kvcompress_jax.interop.vllm.carve import content_bytes, floors_differ, layer_layout
+from kvcompress_jax.interop.vllm.model_files import layer_index
+from kvcompress_jax.models.errors import ModelError
 
 
 class FloorWorker:
@@ -69,9 +71,11 @@ def floor_names(config: CompressionConfig, names: list[str]) -> list[str]:
         them apart.
     """
     layers = len(names)
-    # The only number in a name is the layer's, as for vLLM itself.
-    by_index = {tuple(int(p) for p in name.split(".") if p.isdecimal()): name for name in names}
-    if sorted(by_index) != [(i,) for i in range(layers)]:
+    try:
+        by_index = {layer_index(name): name for name in names}
+    except ModelError as e:
+        raise ConfigError(f"floor_layers: {e}") from None
+    if sorted(by_index) != list(range(layers)):
         raise ConfigError(
             f"floor_layers: expected one cache in each of {layers} layers, got {sorted(names)}"
         )
@@ -84,4 +88,4 @@ def floor_names(config: CompressionConfig, names: list[str]) -> list[str]:
             f"floor_layers: expected some of {layers} layers inside vLLM, got all of them: use"
             f" seal_level=1 with {settings.FINE_SHARE_VARIABLE}=1"
         )
-    return [by_index[i,] for i in floors]
+    return [by_index[i] for i in floors]

@@ -1,12 +1,10 @@
 """The quality gate at the start of vLLM, which loads its models itself."""
 
-import functools
 import logging
-from pathlib import Path
 
 from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.interop.vllm.model_files import outline
 from kvcompress_jax.models.errors import ModelError
-from kvcompress_jax.models.load import model_fingerprint
 from kvcompress_jax.quality import QualityError, admit
 
 logger = logging.getLogger(__name__)
@@ -24,36 +22,21 @@ def check(config: CompressionConfig, model: str, *, revision: str | None = None)
 
     Raises:
       QualityError: see above, or the model's files cannot be read, or what was measured was
-        measured with keys that are not rounded as here. With `config.force` that is a warning in
-        the log instead.
+        measured with keys that are not rounded as here: inside vLLM error feedback has to be asked
+        for. With `config.force` that is a warning in the log instead.
     """
     if config.bound is None or not config.compresses:
         return
-    if config.feeds_errors_back:
+    if config.feeds_errors_back and not config.error_feedback:
         reason = (
-            "measured with error feedback, which keys inside vLLM do not have;"
-            " `kvcompress tune --for-vllm` measures without"
+            "measured with error feedback, which keys inside vLLM have with error_feedback = true"
+            " alone; `kvcompress tune --for-vllm` measures without"
         )
     else:
         try:
-            return admit(config, fingerprint(model, revision))
+            return admit(config, outline(model, revision).fingerprint)
         except ModelError as e:
             reason = f"{model}: nobody can tell whether it is the model that was measured: {e}"
     if not config.force:
         raise QualityError(f"quality gate: {reason}")
     logger.warning("quality gate, forced: %s", reason)
-
-
-@functools.lru_cache(maxsize=4)
-def fingerprint(model: str, revision: str | None) -> str:
-    """The fingerprint of a model that vLLM loads; raises ModelError when its files cannot tell."""
-    path = Path(model)
-    if not path.exists():
-        # vLLM has it; it is not needed where models are local.
-        from huggingface_hub import snapshot_download
-
-        try:
-            path = Path(snapshot_download(model, revision=revision, local_files_only=True))
-        except (OSError, ValueError) as e:
-            raise ModelError(" ".join(str(e).split())) from None
-    return model_fingerprint(path)

@@ -11,9 +11,11 @@ from kvcompress_jax.interop.vllm.all_layers import AllLayers
 from kvcompress_jax.interop.vllm.blocks import BlockStates
 from kvcompress_jax.interop.vllm.carve import Carve, Carves, carve_layers, layer_layout
 from kvcompress_jax.interop.vllm.layer import LayerMemory
+from kvcompress_jax.interop.vllm.model_files import Source, layer_index, outline
 from kvcompress_jax.interop.vllm.offload.worker import OffloadWorker
 from kvcompress_jax.interop.vllm.stats import VllmCompressionStats, compression_stats
 from kvcompress_jax.interop.vllm.step import Step
+from kvcompress_jax.interop.vllm.tables import NO_TABLES, CodeTables, load_tables
 from kvcompress_jax.interop.vllm.verify import verify
 
 # Of this process, for the worker to find.
@@ -23,20 +25,27 @@ GROUPS: list[Group] = []
 class Group:
     """One KV cache group of vLLM."""
 
-    def __init__(self, engine: object, spec: AttentionSpec, *, dtype: str, blocks: int) -> None:
-        """Divides the memory of layers that are still to be added.
+    def __init__(
+        self, engine: object, spec: AttentionSpec, source: Source, *, dtype: str, blocks: int
+    ) -> None:
+        """Divides the memory of layers that are still to be added, and reads what their pages are
+        coded with.
 
         Args:
           engine: whose group it is: any object that is the same one as long as an engine lives.
           spec: of any of its layers, as customised.
+          source: of the model.
           dtype: of the model.
           blocks: of vLLM's pool.
 
         Raises:
-          ConfigError: the memory is too small.
+          ConfigError: the memory is too small, or the configuration names a file that is not of
+            this model.
         """
         self.engine, self.shape = engine, (spec.num_kv_heads, spec.head_size)
         self.config = settings.read_config(spec.block_size)
+        self._source = source
+        self._tables = load_tables(self.config, source.model, revision=source.revision)
         self.carves = divide(spec, dtype=dtype, blocks=blocks)
         self.carve_of: dict[str, Carve] = {}  # by the layer's name
         self.states = BlockStates(self.carves, self.config)
@@ -93,9 +102,16 @@ class Group:
         """A layer's pools in its memory, made at the first call and when vLLM moved it."""
         memory = self.executor.memories.get(name)
         if memory is None or memory.address != kv_cache.data_ptr():
-            memory = LayerMemory(kv_cache, self.carve_of[name], self.config)
+            memory = LayerMemory(kv_cache, self.carve_of[name], self.config, self._tables_of(name))
             self.executor.memories[name] = memory
         return memory
+
+    def _tables_of(self, name: str) -> CodeTables:
+        if self._tables is NO_TABLES:
+            return NO_TABLES
+        known = outline(self._source.model, self._source.revision).config
+        heads = self._source.heads(known.num_kv_heads, self.shape[0])
+        return self._tables.of(layer_index(name), heads)
 
     def stats(self) -> VllmCompressionStats:
         """The figures of the moment."""
@@ -117,7 +133,13 @@ class Group:
 
 
 def group_of(
-    engine: object, spec: AttentionSpec, layer_names: list[str], *, dtype: str, blocks: int
+    engine: object,
+    spec: AttentionSpec,
+    source: Source,
+    layer_names: list[str],
+    *,
+    dtype: str,
+    blocks: int,
 ) -> Group:
     """The group of an engine, with these layers added. A new engine in the same process takes the
     place of the one before; so do layers that are bound anew, or of another shape.
@@ -125,19 +147,20 @@ def group_of(
     Args:
       engine: see `Group`, as the others.
       spec: of all these layers.
+      source: see there.
       layer_names: that were not added yet.
       dtype: see there.
       blocks: see there.
 
     Raises:
-      ConfigError: the memory is too small.
+      ConfigError: see there.
     """
     for group in GROUPS:
         same = group.engine is engine and group.shape == (spec.num_kv_heads, spec.head_size)
         if same and layer_names[0] not in group.carve_of:
             break
     else:
-        group = Group(engine, spec, dtype=dtype, blocks=blocks)
+        group = Group(engine, spec, source, dtype=dtype, blocks=blocks)
         GROUPS[:] = [group]
     group.add(spec, layer_names)
     return group

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -12,6 +11,7 @@ from kvcompress_jax.interop.vllm.carve import Carve
 from kvcompress_jax.interop.vllm.compute import attend_rows, with_workspace
 from kvcompress_jax.interop.vllm.pools import LayerPools
 from kvcompress_jax.interop.vllm.step import NONE, Decode, Prefill, Step
+from kvcompress_jax.interop.vllm.tables import NO_TABLES, CodeTables
 from kvcompress_jax.paged import AttentionMass, PagedCache, PageTable
 
 # Queries of a prompt's chunk that attend at once: bounds the logits in memory.
@@ -22,9 +22,15 @@ SMALLEST_PIECE_TOKENS = 16
 class LayerMemory(LayerPools):
     """The pools of one layer, and attention to them."""
 
-    def __init__(self, memory: torch.Tensor, carve: Carve, config: CompressionConfig) -> None:
+    def __init__(
+        self,
+        memory: torch.Tensor,
+        carve: Carve,
+        config: CompressionConfig,
+        tables: CodeTables = NO_TABLES,
+    ) -> None:
         """See `LayerPools`."""
-        super().__init__(memory, carve, config)
+        super().__init__(memory, carve, config, tables)
         self._scale = 1.0
         self._soft_cap: float | None = None
 
@@ -51,8 +57,11 @@ class LayerMemory(LayerPools):
           soft_cap: of the logits, or None.
         """
         self._scale, self._soft_cap = scale, soft_cap
-        fine_of = step.floor_fine_of if self.carve.floor else step.fine_of
-        cache = dataclasses.replace(self.cache, fine_of=jnp.asarray(fine_of))
+        fine_of = step.fine_of
+        if self.carve.floor:
+            assert step.floor_fine_of is not None
+            fine_of = step.floor_fine_of
+        cache = self.cache_of(fine_of, step.first)
         covered = 0
         if step.decode is not None:
             self._decode(q, k, v, out, cache, step, step.decode)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvcompress_jax.config import CompressionConfig, ConfigError
-from kvcompress_jax.interop.vllm import gate, metrics, settings
+from kvcompress_jax.interop.vllm import gate, metrics, settings, tables
+from kvcompress_jax.interop.vllm.model_files import outline
 from kvcompress_jax.interop.vllm.offload.options import FINGERPRINT, SPEC, read_options
 from kvcompress_jax.models.errors import ModelError
 from kvcompress_jax.paged.layout import PAGE_SIZES
@@ -51,6 +52,7 @@ class CompressedPlatform:
                 )
         model = vllm_config.model_config
         gate.check(config, model.model, revision=model.revision)
+        tables.check_files(config, model.model, revision=model.revision)
         _prepare_offloading(vllm_config)
         cache.block_size = config.page_size
         cache.user_specified_block_size = True  # vLLM would choose again
@@ -120,7 +122,7 @@ def _prepare_offloading(vllm_config: VllmConfig) -> None:
         return
     model = vllm_config.model_config
     try:
-        extra[FINGERPRINT] = gate.fingerprint(model.model, model.revision)
+        extra[FINGERPRINT] = outline(model.model, model.revision).fingerprint
     except ModelError as e:
         raise ConfigError(
             f"disk_path: expected a model that can be told from others: {e}"

@@ -15,13 +15,11 @@ import torch
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.interop.dlpack import DTYPES, fence, to_jax, write_back
-from kvcompress_jax.interop.vllm.carve import Carve
+from kvcompress_jax.interop.vllm.carve import Carve, sealed_pools
 from kvcompress_jax.interop.vllm.compute import code_pages, read_block
 from kvcompress_jax.interop.vllm.step import NONE, Seals
+from kvcompress_jax.interop.vllm.tables import NO_TABLES, CodeTables
 from kvcompress_jax.paged import PagedCache, PoolSizes, init_cache
-
-# A sealed page has one of each, by the id of its block.
-SEALED_POOLS = ("base", "key_step", "key_zero", "value_step", "value_zero", "order")
 
 _TORCH_DTYPES = {jax_dtype: torch_dtype for torch_dtype, jax_dtype in DTYPES.items()}
 
@@ -35,35 +33,44 @@ class LayerPools:
       damaged: sealed pages that held a value that was not finite, so far.
     """
 
-    def __init__(self, memory: torch.Tensor, carve: Carve, config: CompressionConfig) -> None:
+    def __init__(
+        self,
+        memory: torch.Tensor,
+        carve: Carve,
+        config: CompressionConfig,
+        tables: CodeTables = NO_TABLES,
+    ) -> None:
         """Makes the views and aliases.
 
         Args:
           memory: vLLM's memory of this layer, contiguous; of any type and shape.
           carve: how it is divided.
           config: of the compression.
+          tables: of this layer.
 
         Raises:
-          ValueError: the memory has another size than was divided.
+          ValueError: the memory has another size than was divided, or the tables are not those
+            that the layout needs.
           BridgeError: JAX cannot alias it.
         """
         flat = memory.view(-1).view(torch.uint8)
         if flat.numel() != carve.buffer_bytes:
             raise ValueError(f"memory: expected {carve.buffer_bytes} bytes, got {flat.numel()}")
-        self.carve = carve
+        self.carve, self.tables = carve, tables
         self.address, self.device = memory.data_ptr(), memory.device
         self.pools: dict[str, torch.Tensor] = {}
         for region in carve.regions:
             part = flat[region.offset_bytes : region.offset_bytes + region.nbytes]
             self.pools[region.name] = part.view(_TORCH_DTYPES[region.dtype]).view(region.shape)
-        self.tracks_attention = config.tracks_attention and carve.sizes.fine_chunks > 0
+        refined = carve.sizes.fine_chunks > 0 or carve.layout.rows is not None
+        self.tracks_attention = config.tracks_attention and refined
         self.damaged = 0
 
         def alias(name: str) -> jax.Array:  # with the axis of layers, of one
             return to_jax(self.pools[name][None], name)
 
         least = PoolSizes(raw_pages=1, sealed_pages=0, fine_chunks=0, sink_slots=0)
-        empty = init_cache(carve.layout, least)
+        empty = init_cache(carve.layout, least, tables.code)
         self.cache: PagedCache = dataclasses.replace(
             empty,
             raw=alias("raw"),
@@ -73,9 +80,20 @@ class LayerPools:
             key_scale=Scale(step=alias("key_step"), zero=alias("key_zero")),
             value_scale=Scale(step=alias("value_step"), zero=alias("value_zero")),
             order=alias("order"),
+            refined=alias("refined"),
             fine=to_jax(self.pools["fine"], "fine"),
             sinks=alias("sinks"),
         )
+
+    def cache_of(self, fine_of: np.ndarray, first: np.ndarray) -> PagedCache:
+        """The pools, with what the host knows of them.
+
+        Args:
+          fine_of: i32[1, blocks], the chunk of each block, or NONE.
+          first: i32[blocks], position of each block's first token.
+        """
+        placed = self.cache.first if self.carve.layout.rows is None else jnp.asarray(first)
+        return dataclasses.replace(self.cache, fine_of=jnp.asarray(fine_of), first=placed)
 
     def fine_chunks(self, blocks: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         """Where the fine planes of blocks are, whose chunks are these unless the layer is a floor
@@ -106,17 +124,18 @@ class LayerPools:
         take = self.index(rows)
         if mass is not None and seen is not None:
             mass, seen = mass[take], seen[take]
-        code, damaged = self._code(kv[take], mass, seen, first=seals.sink[rows] != NONE)
+        exact = seals.sink[rows] != NONE
+        code, damaged = self._code(kv[take], mass, seen, first=seals.first[rows], exact=exact)
         block = self.index(seals.block[rows])
         chunk = self.index(self.fine_chunks(seals.block, seals.chunk)[rows])
-        for name in SEALED_POOLS:
+        for name in sealed_pools(layout):
             write_back(self.pools[name], code[name], name, rows=block)
         if self.carve.sizes.fine_chunks:
             write_back(self.pools["fine"], code["fine"], "fine", rows=chunk)
-        first = np.flatnonzero(seals.sink != NONE)
-        if len(first):
-            exact = kv[self.index(first)][:, :, :, : layout.sink_tokens]
-            self.pools["sinks"][self.index(seals.sink[first])] = exact
+        begin = np.flatnonzero(seals.sink != NONE)
+        if len(begin):
+            tokens = kv[self.index(begin)][:, :, :, : layout.sink_tokens]
+            self.pools["sinks"][self.index(seals.sink[begin])] = tokens
         self.damaged += int(damaged[:count].sum())
 
     def _code(
@@ -126,6 +145,7 @@ class LayerPools:
         seen: torch.Tensor | None,
         *,
         first: np.ndarray,
+        exact: np.ndarray,
     ) -> tuple[dict[str, jax.Array], np.ndarray]:
         """The codes of pages, by the names of the pools, and which pages are damaged."""
         layout = self.carve.layout
@@ -139,34 +159,37 @@ class LayerPools:
             to_jax(mass, "mass"),
             to_jax(seen, "seen"),
             first,
-            rule=layout.importance,
+            exact,
+            self.tables,
+            layout=layout,
             fine_rows=layout.fine_rows if self.carve.sizes.fine_chunks else 0,
-            fine_bits=layout.fine_bits,
-            sink_tokens=layout.sink_tokens,
         )
-        arrays = {
-            "base": code.base,
-            "key_step": code.key_scale.step,
-            "key_zero": code.key_scale.zero,
-            "value_step": code.value_scale.step,
-            "value_zero": code.value_scale.zero,
-            "order": code.order,
-            "fine": code.fine,
-        }
-        return arrays, np.asarray(damaged)
+        return code, np.asarray(damaged)
 
     # -- pages to the host and back ----------------------------------------------------------
 
-    def code(self, raw: int, *, first: bool) -> dict[str, np.ndarray]:
-        """The code of a raw page, which stays as it is."""
+    def code(self, raw: int, *, first: int, exact: bool) -> dict[str, np.ndarray]:
+        """The code of a raw page, which stays as it is.
+
+        Args:
+          raw: the page.
+          first: position of its first token.
+          exact: whether its first tokens are kept exactly elsewhere.
+        """
         source = slice(raw, raw + 1)
         mass = seen = None
         if self.tracks_attention:
             mass, seen = self.pools["mass"][source], self.pools["seen"][source]
-        arrays, _ = self._code(self.pools["raw"][source], mass, seen, first=np.asarray([first]))
-        if not self.carve.sizes.fine_chunks:
-            del arrays["fine"]
-        return {name: np.asarray(array)[0] for name, array in arrays.items()}
+        arrays, _ = self._code(
+            self.pools["raw"][source],
+            mass,
+            seen,
+            first=np.asarray([first], np.int32),
+            exact=np.asarray([exact]),
+        )
+        names = sealed_pools(self.carve.layout)
+        names += ("fine",) if self.carve.sizes.fine_chunks else ()
+        return {name: np.asarray(arrays[name])[0] for name in names}
 
     def take(self, name: str, i: int) -> np.ndarray:
         """A copy of one entry of a pool."""
@@ -187,7 +210,9 @@ class LayerPools:
         fine_of = np.full((1, self.carve.blocks), NONE, np.int32)
         fine_of[0, block] = self.fine_chunks(at, chunks)[0]
         fence(self.device)
-        cache = dataclasses.replace(self.cache, fine_of=jnp.asarray(fine_of))
+        # It is the first page of its sequence.
+        positions = np.zeros(self.carve.blocks, np.int32)
+        cache = self.cache_of(fine_of, positions)
         kv = np.array(read_block(cache, np.asarray([block], np.int32)))  # [1, 2, heads, size, dim]
         kv[0, :, :, : exact.shape[2]] = exact.astype(np.float32)
         seals = Seals(
@@ -195,6 +220,7 @@ class LayerPools:
             block=at,
             chunk=chunks,
             sink=np.asarray([NONE]),
+            first=np.zeros(1, np.int32),
         )
         values = torch.from_numpy(kv).to(self.pools["raw"].dtype).to(self.device)
         self.seal_pages(values, None, None, seals)

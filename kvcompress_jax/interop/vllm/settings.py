@@ -35,9 +35,6 @@ def read_config(
     overrides = {} if page_size is None else {"page_size": page_size}
     config = CompressionConfig.from_env(environ, overrides=overrides)
     refused = {
-        "KVCOMPRESS_PROFILE": config.profile,
-        "KVCOMPRESS_LEARNED_IMPORTANCE": config.learned_importance,
-        "KVCOMPRESS_ERROR_FEEDBACK": config.error_feedback,
         "KVCOMPRESS_TELEMETRY_SHARE": config.telemetry_share,
         "KVCOMPRESS_DEMOTE_AFTER_TOKENS": config.demote_after_tokens,
         "KVCOMPRESS_DISK_PATH": config.disk_path,

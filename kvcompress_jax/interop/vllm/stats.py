@@ -28,6 +28,7 @@ class VllmCompressionStats(TypedDict):
     blocks_level_0: int
     blocks_level_1: int
     blocks_level_2: int
+    blocks_level_3: int  # in a calibrated code, whose pages have no other level
     raw_pages: int  # capacity
     raw_pages_free: int
     seals: int
@@ -89,7 +90,8 @@ def compression_stats(
         floor_layers=floors,
         blocks_level_0=raw,
         blocks_level_1=level_1,
-        blocks_level_2=sealed - level_1,
+        blocks_level_2=sealed - level_1 if layout.rows is None else 0,
+        blocks_level_3=sealed if layout.rows is not None else 0,
         raw_pages=states.raw.capacity,
         raw_pages_free=states.raw.free,
         seals=counts.seals,

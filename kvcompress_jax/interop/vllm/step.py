@@ -17,6 +17,7 @@ class Seals:
     block: np.ndarray  # i64[n]
     chunk: np.ndarray  # i64[n], NONE: level 2; in floor layers it is the block
     sink: np.ndarray  # i64[n] slot of the exact first tokens, NONE: there are none
+    first: np.ndarray  # i32[n] position of the page's first token
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -71,6 +72,7 @@ class Step:
 
     fine_of: np.ndarray  # i32[1, blocks]
     floor_fine_of: np.ndarray | None  # i32[1, blocks] in floor layers; None: there are none
+    first: np.ndarray  # i32[blocks] position of a block's first token
     decode: Decode | None
     prefills: tuple[Prefill, ...]
     seals: Seals  # after attention, of raw pages

@@ -19,6 +19,9 @@ class Nothing:
     def seal(self, seals):
         pass
 
+    def drop_sinks(self, block, chunk, slot):
+        pass
+
     def save_fine(self, chunk):
         return [np.zeros(1)]
 

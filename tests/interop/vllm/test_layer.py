@@ -18,6 +18,7 @@ from kvcompress_jax.interop.vllm.carve import (  # noqa: E402
 )
 from kvcompress_jax.interop.vllm.layer import LayerMemory  # noqa: E402
 from kvcompress_jax.interop.vllm.stats import compression_stats, merge  # noqa: E402
+from kvcompress_jax.interop.vllm.tables import NO_TABLES  # noqa: E402
 from kvcompress_jax.interop.vllm.verify import verify  # noqa: E402
 
 HEADS, GROUP, DIM, PAGE = 2, 2, 32, 16
@@ -46,8 +47,17 @@ class Engine:
     """vLLM's part: blocks, sequences, and steps over them. One layer, and a floor layer behind it
     where the configuration has one."""
 
-    def __init__(self, config, *, blocks=48, raw_share=0.5, fine_share=0.75):
-        layout = layer_layout(config, heads=HEADS, dim=DIM, dtype="float32")
+    def __init__(
+        self,
+        config,
+        *,
+        blocks=48,
+        raw_share=0.5,
+        fine_share=0.75,
+        tables=NO_TABLES,
+        dtype="float32",
+    ):
+        layout = layer_layout(config, heads=HEADS, dim=DIM, dtype=dtype)
         carves = carve_layers(
             config, layout, blocks=blocks, raw_share=raw_share, fine_share=fine_share
         )
@@ -56,7 +66,7 @@ class Engine:
         for i, kind in enumerate(kinds):
             # What was never written must never be read: all bits set are NaN in every float type.
             memory = torch.full((kind.buffer_bytes,), 0xFF, dtype=torch.uint8)
-            layer = LayerMemory(memory, kind, config)
+            layer = LayerMemory(memory, kind, config, tables)
             self.executor.memories[f"layer {i}"] = layer
             for name in ("mass", "seen"):  # vLLM zeroes its memory; statistics are added to
                 layer.pools[name].zero_()
@@ -239,6 +249,34 @@ def test_without_host_memory_nothing_is_kept_or_promoted():
     assert engine.states.counters.promotions == 0 and not engine.states.kept
 
 
+def test_the_longest_unused_first_page_gives_its_slot_to_a_new_one():
+    """Nobody tells that a sequence ended: its slot would else be lost until its block is reused."""
+    engine = Engine(dataclasses.replace(CONFIGS["balanced"], host_bytes=1 << 20))
+    states = engine.states
+    assert states.sinks.capacity == 2
+    one, two, three = (engine.sequence() for _ in range(3))
+    for sequence in (one, two):
+        engine.step([(sequence, 3 * PAGE)])
+    first, second = (s["blocks"][0] for s in (one, two))
+    kept = [np.zeros(1, np.uint8)]
+    states.chunks.give_back([int(states.chunk_of[first])])
+    states.chunk_of[first] = -1
+    states._keep(first, kept)  # as if it had been demoted
+    engine.step([(two, 1)])
+    engine.step([(three, 3 * PAGE), (two, 1)])
+    third = three["blocks"][0]
+    assert [states.sink_of[b] >= 0 for b in (first, second, third)] == [False, True, True]
+    assert states.counters.without_sink == 1
+    assert first not in states.kept  # a fine plane of another code
+    assert engine.step([(three, 1)]) < 0.3
+    # Whoever had it goes on, with first tokens as coarse as others; four times as large here.
+    assert engine.step([(one, 1)]) < 1
+    # In use all of them: the newest has none.
+    fourth = engine.sequence()
+    engine.step([(two, 1), (three, 1), (fourth, 3 * PAGE)])
+    assert states.sink_of[fourth["blocks"][0]] == -1 and states.counters.without_sink == 2
+
+
 def test_too_few_raw_pages_seal_early_and_then_say_so():
     config = dataclasses.replace(SMALL, window_tokens=64)
     engine = Engine(config, raw_share=0.35)
@@ -294,6 +332,11 @@ def test_rows_without_blocks_get_zeros():
 
 def test_a_value_that_is_not_finite_is_counted():
     engine = Engine(dataclasses.replace(SMALL, window_tokens=0))
+    assert damaged_by_infinity(engine) == 1
+
+
+def damaged_by_infinity(engine):
+    """Pages that were counted as damaged, of a sequence of one page."""
     one = engine.sequence()
     engine.tokens = lambda count: tuple(  # type: ignore[method-assign]
         np.full((count, n, DIM), np.inf if n == HEADS else 1.0, np.float32)
@@ -301,7 +344,7 @@ def test_a_value_that_is_not_finite_is_counted():
     )
     with np.errstate(all="ignore"):
         engine.step([(one, 16)])
-    assert engine.layer.damaged == 1
+    return engine.layer.damaged
 
 
 def end_of_regions(made):

@@ -92,8 +92,12 @@ def test_a_page_at_level_1_has_fine_planes_of_both_kinds_of_layers():
     verify(engine.states)
 
 
+def two_engines(config):
+    return Engine(config), Engine(config)
+
+
 def test_a_floor_layer_s_first_page_without_a_slot_is_coded_again_at_level_1():
-    coarse, fine = error_without_a_slot(FLOORS["compact"])
+    coarse, fine = error_without_a_slot(*two_engines(FLOORS["compact"]))
     assert fine < coarse / 4
 
 
@@ -129,9 +133,8 @@ def test_a_recent_page_leaves_as_it_would_be_sealed():
     assert np.array_equal(early["key_step"], sealed["key_step"])
 
 
-def error_without_a_slot(config):
+def error_without_a_slot(one, other):
     """Of attention to pages that came to an engine without a slot for the exact first tokens."""
-    one, other = Engine(config), Engine(config)
     sequence = one.sequence()
     one.step([(sequence, 3 * PAGE)])
     pages, back = (BlockPages(e.states, e.executor) for e in (one, other))
@@ -147,7 +150,7 @@ def error_without_a_slot(config):
 
 def test_a_first_page_without_a_slot_for_its_exact_tokens():
     """It is coded again, exact tokens among the others."""
-    assert error_without_a_slot(CONFIGS["balanced"]) < 0.3
+    assert error_without_a_slot(*two_engines(CONFIGS["balanced"])) < 0.3
 
 
 def test_without_a_chunk_the_fine_plane_stays_on_the_host():

@@ -27,10 +27,8 @@ def test_the_specification_s_variables():
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("KVCOMPRESS_PROFILE", "x.safetensors"),
-        ("KVCOMPRESS_LEARNED_IMPORTANCE", "x.safetensors"),
         ("KVCOMPRESS_TELEMETRY_SHARE", "0.5"),
-        ("KVCOMPRESS_ERROR_FEEDBACK", "1"),
+        ("KVCOMPRESS_PREFIX_CACHE_BYTES", "1024"),
         ("KVCOMPRESS_DEMOTE_AFTER_TOKENS", "512"),
     ],
 )

@@ -8,7 +8,6 @@ import torch
 from kvcompress_jax.interop.vllm.all_layers import FLOOR_FINE, AllLayers
 from kvcompress_jax.interop.vllm.blocks import BlockStates
 from kvcompress_jax.interop.vllm.offload.slots import Plane
-from kvcompress_jax.interop.vllm.pools import SEALED_POOLS
 from kvcompress_jax.interop.vllm.step import NONE
 from kvcompress_jax.manager.disk import code_fingerprint
 
@@ -32,7 +31,7 @@ class BlockPages:
         carve, count, floors = self.states.carve, self.states.layers, self.states.floors
         layers = {"raw": count}  # how many of them a plane is of
         if self.states.config.compresses:
-            layers = dict.fromkeys(SEALED_POOLS, count)
+            layers = dict.fromkeys(self.layers.sealed_pools, count)
             layers |= {"fine": count - floors} if carve.sizes.fine_chunks else {}
             layers |= {FLOOR_FINE: floors} if floors else {}
             layers |= {"sinks": count} if carve.sizes.sink_slots else {}
@@ -55,6 +54,8 @@ class BlockPages:
         config = self.states.config
         kind = "coded" if config.compresses else "raw"
         code = f"vllm-{kind}-{self.states.layers}-{code_fingerprint(self.states.carve.layout)}"
+        profile = self.layers.code_digest
+        code += f"-profile-{profile}" if profile else ""
         floors = sum(1 << i for i in self.layers.floors)  # short, however many they are
         return f"{code}-floors-{floors:x}" if floors else code
 
@@ -81,7 +82,7 @@ class BlockPages:
             page = {"raw": self.layers.take("raw", raw)}
         else:
             with_sinks = first and states.sinks.capacity > 0
-            page = self.layers.code(raw, first=with_sinks)
+            page = self.layers.code(raw, first=int(states.first[block]), exact=with_sinks)
             if with_sinks:
                 tokens = states.carve.layout.sink_tokens
                 page["sinks"] = self.layers.take("raw", raw)[:, :, :, :tokens].copy()
@@ -102,7 +103,7 @@ class BlockPages:
             return
         fine = list(page["fine"]) if "fine" in page else None
         chunk, sink = states.adopt_sealed(
-            block, place, fine=fine, sinks="sinks" in page, heat=float(page["heat"][0])
+            block, place, layers, fine=fine, sinks="sinks" in page, heat=float(page["heat"][0])
         )
         layers.put_sealed(block, page)
         if chunk != NONE and fine is not None:
