@@ -7,10 +7,11 @@ which runs
     .venv/bin/python benchmarks/importance.py FILE...
 
 A model on several parts of each text's second half: 1,024 tokens of context, then 256 tokens that
-are teacher-forced; at 6.56 bits (half of each page's tokens refined) and at 5.56 (a quarter). The
-learned scores are trained here, on the first halves of the texts: one score for each text, one for
-all of them. The oracle knows the attention that those 256 tokens will give: no score can be
-expected to do better. Geometric mean over the parts, 1e-4 nats per token. Half an hour.
+are teacher-forced; at a ratio of 0.25 (half of each page's tokens have 6 bits, the others 4) and of
+0.125 (a quarter has). The learned scores are trained here, on the first halves of the texts: one
+score for each text, one for all of them. The oracle knows the attention that those 256 tokens will
+give: no score can be expected to do better. Geometric mean over the parts, 1e-4 nats per token.
+Half an hour.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from kvcompress_jax.lab.train_importance import train_importance
 from kvcompress_jax.models.dense import capture_forward
 from kvcompress_jax.models.load import Model, load_model
 from kvcompress_jax.models.runner import make_runner
+
+DEFAULT = CompressionConfig.recipe("balanced")
 
 
 @jax.tree_util.register_dataclass
@@ -106,10 +109,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS")
     parser.add_argument("--continuation", type=int, default=256, metavar="TOKENS")
     parser.add_argument("--train-tokens", type=int, default=9216, metavar="TOKENS")
-    parser.add_argument("--magnitudes", nargs="*", choices=MAGNITUDES, default=list(MAGNITUDES))
+    parser.add_argument("--magnitudes", nargs="*", choices=MAGNITUDES, default=[DEFAULT.magnitude])
     parser.add_argument(
-        "--ratios", nargs="+", type=float, default=[0.5, 0.25], help="shares of refined tokens"
+        "--ratios", nargs="+", type=float, default=[0.25, 0.125], help="shares of the fine plane"
     )
+    parser.add_argument("--fine-bits", type=int, choices=(2, 4), help="default: by the ratio")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every part's KL")
     args = parser.parse_args(argv)
     if args.json:
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found[f"{name}, ratio {ratio}"] = [[part.kl(at) for part in row] for row in parts]
         console.print(name, style="dim")
 
-    plain = CompressionConfig.recipe("mixed")
+    plain = dataclasses.replace(DEFAULT, fine_bits=args.fine_bits)
     for name in args.magnitudes:
         ratios = args.ratios if name == plain.magnitude else args.ratios[:1]
         measure(name, dataclasses.replace(plain, magnitude=name), ratios)
