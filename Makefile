@@ -9,7 +9,7 @@ PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
 # Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-vllm lint bench peers leaderboard fidelity importance gpu-gate gpu-roofline clean
+.PHONY: demo test test-vllm vllm-fidelity lint bench peers leaderboard fidelity importance gpu-gate gpu-roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
@@ -26,6 +26,19 @@ test-vllm:
 	$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.vllm
 	JAX_PLATFORMS=cpu $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(VLLM_TESTS) \
 	  $(TEST_ARGS)
+
+# The tables of docs/vllm.md and of the README's section on vLLM, of the texts named.
+VLLM_MODEL := build/smollm2
+VLLM_BITS := 4.5 3.5
+
+vllm-fidelity:
+	$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.vllm
+	test -d $(VLLM_MODEL) || $(VLLM_VENV)/bin/python tests/vllm/model_dir.py $(VLLM_MODEL)
+	test -f $(lastword $(VLLM_BITS:%=$(VLLM_MODEL)-%.safetensors)) || JAX_PLATFORMS=cpu \
+	  $(VLLM_VENV)/bin/kvcompress calibrate --model $(VLLM_MODEL) --bits $(VLLM_BITS) \
+	  --out '$(VLLM_MODEL)-{bits}.safetensors'
+	$(VLLM_VENV)/bin/python benchmarks/vllm_fidelity.py $(VLLM_MODEL) $(TEXTS) \
+	  --profile $(VLLM_BITS:%=$(VLLM_MODEL)-%.safetensors) $(VLLM_FIDELITY_ARGS)
 
 lint: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure

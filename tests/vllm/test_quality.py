@@ -37,7 +37,7 @@ def test_perplexity_stays(drive, recipe, bound):
 
 
 def test_a_calibrated_code_holds_more_and_loses_less(drive, profile):
-    """3.5 bits, on a text that it was not fitted to, beside 4 bits without calibration."""
+    """3.5 bits, on a text of the kind that it was fitted to, beside 4 bits without calibration."""
     stock = drive("quality", ANSWERS, compress=False, **SPACE)
     compact = drive("quality", KVCOMPRESS_RECIPE="compact", **SPACE)
     ours = drive("quality", KVCOMPRESS_PROFILE=str(profile), **SPACE)

@@ -9,6 +9,7 @@ our own loader reads the model once more, into host memory, when an engine start
 import dataclasses
 import hashlib
 import logging
+import os
 from typing import TypeVar
 
 import jax
@@ -102,12 +103,22 @@ def load_tables(
     if not config.error_feedback or not config.compresses:
         return read
     logger.info("error feedback: reading %s once more, to see what its queries are like", model)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # vLLM has the device's memory
+    with jax.default_device(_host()):
         try:
             feedback = load_model(model_path(model, revision)).key_feedback
         except ModelError as e:
             raise ConfigError(f"error_feedback: {e}") from None
         return dataclasses.replace(read, feedback=jax.device_get(feedback))
+
+
+def _host() -> jax.Device:
+    """Where models and files are read: vLLM has the other device's memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise ConfigError(
+            f"JAX_PLATFORMS: expected cpu among them, got {os.environ.get('JAX_PLATFORMS')}"
+        ) from None
 
 
 def _read(config: CompressionConfig, model: str, revision: str | None) -> CodeTables:
@@ -121,7 +132,7 @@ def _read(config: CompressionConfig, model: str, revision: str | None) -> CodeTa
             "profile, learned_importance, error_feedback: expected a model that this package"
             f" reads: {e}"
         ) from None
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(_host()):
         profile = read_profile(config, known)
         code = None if profile is None else profile.code(layer_frequencies(known.config))
         tables = CodeTables(code=code, learned=learned_score(known, config))
