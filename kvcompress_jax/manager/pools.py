@@ -96,7 +96,7 @@ def pools_for_tokens(
 
 def _chunks_per_page(layout: CacheLayout, config: CompressionConfig) -> int:
     """Fine chunks of a page at the level that it is sealed at."""
-    return layout.layers if config.sealed_level == 1 else len(set(config.floor_layers))
+    return layout.layers if config.sealed_level == 1 else len(config.floors(layout.layers))
 
 
 def _sink_slots(config: CompressionConfig, max_sequences: int) -> int:

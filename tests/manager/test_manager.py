@@ -358,6 +358,16 @@ def test_budgets_are_kept_and_used(config, budget):
     assert budget - one_more <= used <= budget
 
 
+def test_a_floor_layer_that_is_named_twice_has_room_once():
+    def pools(*floors):
+        config = CompressionConfig(seal_level=2, floor_layers=floors)
+        layout = config.layout(layers=30, kv_heads=3, head_dim=64)
+        sizes = {"max_sequences": 8, "step_tokens": 256}
+        return divide_budget(layout, config, budget_bytes=100_000_000, **sizes)
+
+    assert pools(0, -30) == pools(0) != pools(0, -1)
+
+
 def test_compression_makes_room_for_more_tokens():
     tokens = {}
     for name in ("off", "safe", "balanced", "compact"):
