@@ -65,15 +65,30 @@ def examine(environ: Mapping[str, str]) -> list[Finding]:
 def _configuration(environ: Mapping[str, str]) -> list[Finding]:
     try:
         config = CompressionConfig.from_env(environ)
+        code = _calibrated(config)
     except ConfigError as e:
         return [Finding(name="configuration", found="from the environment", problem=str(e))]
     if not config.compresses:
         return [Finding(name="configuration", found="compression is off")]
-    level = f"sealed at level {config.sealed_level}"
+    level = f"sealed at level {config.sealed_level}{code}"
     if config.floor_layers:
         level += f", layers {', '.join(map(str, config.floor_layers))} not below level 1"
     pages = f"pages of {config.page_size} tokens, the newest {config.window_tokens} tokens raw"
     return [Finding(name="configuration", found=f"{level}, {pages}")]
+
+
+def _calibrated(config: CompressionConfig) -> str:
+    """What code the configuration's profile has; empty without one.
+
+    Raises:
+      ProfileError: it cannot be read.
+    """
+    if config.profile is None:
+        return ""
+    from kvcompress_jax.calibrated.profile import read_origin
+
+    origin = read_origin(config.profile)
+    return f", {origin.bits:g} bits calibrated to the model {origin.fingerprint[:12]}"
 
 
 def _vllm(environ: Mapping[str, str]) -> list[Finding]:

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from kvcompress_jax import doctor
+from kvcompress_jax.calibrated.profile import save_profile
 from kvcompress_jax.cli import main
+from tests.calibrated.synthetic import make_profile
 
 
 def problems(monkeypatch, versions, **environ):
@@ -30,6 +32,17 @@ def test_floor_layers_are_named(tmp_path):
     assert not any(f.problem for f in found)
     (shown,) = (f.found for f in found if f.name == "configuration")
     assert shown.startswith("sealed at level 2, layers 0, -1 not below level 1, pages of 64")
+
+
+def test_a_profile_is_looked_into(tmp_path):
+    path = tmp_path / "code.safetensors"
+    variables = {"KVCOMPRESS_PROFILE": str(path)}
+    (found,) = (f for f in doctor.examine(variables) if f.name == "configuration")
+    assert "code.safetensors: expected a profile of `kvcompress calibrate`" in found.problem
+    save_profile(path, make_profile()[0])
+    (found,) = (f for f in doctor.examine(variables) if f.name == "configuration")
+    assert found.problem is None
+    assert found.found.startswith("sealed at level 3, 3.25 bits calibrated to the model synthetic")
 
 
 def test_a_setting_that_is_wrong_is_a_problem(capsys, monkeypatch):
