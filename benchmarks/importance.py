@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
+    if 0.5 in args.ratios and args.fine_bits is None:
+        parser.error("--ratios: 0.5 has 6 bits for all tokens, and no order: add --fine-bits 4")
     model = load_model(args.model)
     if model.tokenizer is None:
         parser.error(f"{args.model}: expected a model with a tokenizer, got none")

@@ -20,11 +20,11 @@ def test_rows_are_what_was_measured(tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ["--model", str(model), "--context", "192", "--continuation", "32", "--parts", "2"]
-    arguments += ["--train-tokens", "512", "--magnitudes", "output_error", "--ratios", "0.5"]
+    arguments += ["--train-tokens", "512", "--magnitudes", "output_error", "--ratios", "0.25"]
     importance.main([str(text), *arguments, "--json", str(out)])
     found = json.loads(out.read_text())["kl"]
     ours, none, learned, oracle = (
-        found[f"{name}, ratio 0.5"][0]
+        found[f"{name}, ratio 0.25"][0]
         for name in (
             "output_error",
             "nobody refined (compact)",
@@ -38,6 +38,12 @@ def test_rows_are_what_was_measured(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for kl in (ours, none, learned, oracle):
         assert f"{1e4 * np.exp(np.mean(np.log(kl))):.2f}" in printed
+
+
+def test_a_ratio_without_an_order_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        importance.main([str(tmp_path / "text.txt"), "--ratios", "0.25", "0.5"])
+    assert "0.5 has 6 bits for all tokens, and no order" in capsys.readouterr().err
 
 
 def test_a_short_text_is_refused(tmp_path, capsys):
