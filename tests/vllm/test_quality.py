@@ -90,7 +90,10 @@ def test_floor_layers_are_nearly_stock(drive, tmp_path):
     # Sealed blocks that are found again answer as those that were never away.
     device, host, anew = ours["answers"]
     assert ours["hits"] == [2 * 448, 0, 0] and ours["loads"] == [0, 14, 14]
-    assert min(agreement(device, anew), agreement(host, anew)) > 0.7
+    # Where prompts are computed anew, their ends attend to raw pages: a near tie may end one of the
+    # two answers early, not both.
+    for one, other in ((device, host), (device, anew), (host, anew)):
+        assert agreement(one, other) >= 0.5 and any(a == b for a, b in zip(one, other, strict=True))
     assert agreement(device[::-1], anew) < 0.2  # the judge can say no
 
 
