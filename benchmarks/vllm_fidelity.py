@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
@@ -141,10 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table(title=f"{args.model} in vLLM, float32, {args.gib} GiB, {len(stock)} tokens")
     for column in ("", "perplexity", "", "nats from vLLM", "bits when sealed", "tokens that fit"):
         table.add_column(column, justify="right" if column else "left")
-    own = mean(stock)
+    own = fmean(stock)
     for name, result in found.items():
-        loss = mean(result["losses"])
-        far = mean([abs(a - b) for a, b in zip(result["losses"], stock, strict=True)])
+        loss = fmean(result["losses"])
+        far = fmean([abs(a - b) for a, b in zip(result["losses"], stock, strict=True)])
         bits = "" if result["bits"] is None else f"{result['bits']:.2f}"
         change = f"{math.expm1(loss - own):+.2%}"
         fit = f"{result['capacity']:,}"
@@ -152,11 +153,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table)
     if args.json:
         write_json(args.json, found)
-
-
-def mean(numbers: Sequence[float]) -> float:
-    """Of at least one number."""
-    return sum(numbers) / len(numbers)
 
 
 if __name__ == "__main__":

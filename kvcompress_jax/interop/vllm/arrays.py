@@ -44,7 +44,7 @@ def seals_of(states: BlockStates, raw: list[int], blocks: list[int]) -> Seals:
         block=np.asarray(blocks, np.int64),
         chunk=states.chunk_of[blocks].astype(np.int64),
         sink=states.sink_of[blocks].astype(np.int64),
-        first=states.first[blocks],
+        first=states.first_of(blocks),
     )
 
 

@@ -125,7 +125,7 @@ class BlockStates:
         step = Step(
             fine_of=self._fine_of(self.chunk_of),
             floor_fine_of=None if self._own is None else self._fine_of(self._own),
-            first=self.first,
+            first=self.first_of(slice(None)),
             decode=decode_of(self, [row for row in rows if row.count == 1], columns),
             prefills=tuple(prefill_of(self, row, columns) for row in rows if row.count > 1),
             seals=seals,
@@ -139,10 +139,9 @@ class BlockStates:
         self._heat = step.heat
         return step
 
-    @property
-    def first(self) -> np.ndarray:
+    def first_of(self, blocks: list[int] | slice) -> np.ndarray:
         """i32[blocks]: position of each block's first token, as far as it has one."""
-        return self.index * np.int32(self.page_size)
+        return self.index[blocks] * np.int32(self.page_size)
 
     def _fine_of(self, chunks: np.ndarray) -> np.ndarray:
         return np.where(self.sealed, chunks, NONE)[None].astype(np.int32)

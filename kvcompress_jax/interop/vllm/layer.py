@@ -5,13 +5,10 @@ import dataclasses
 import numpy as np
 import torch
 
-from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.interop.dlpack import fence, to_jax, to_torch
-from kvcompress_jax.interop.vllm.carve import Carve
 from kvcompress_jax.interop.vllm.compute import attend_rows, with_workspace
 from kvcompress_jax.interop.vllm.pools import LayerPools
 from kvcompress_jax.interop.vllm.step import NONE, Decode, Prefill, Step
-from kvcompress_jax.interop.vllm.tables import NO_TABLES, CodeTables
 from kvcompress_jax.paged import AttentionMass, PagedCache, PageTable
 
 # Queries of a prompt's chunk that attend at once: bounds the logits in memory.
@@ -22,17 +19,8 @@ SMALLEST_PIECE_TOKENS = 16
 class LayerMemory(LayerPools):
     """The pools of one layer, and attention to them."""
 
-    def __init__(
-        self,
-        memory: torch.Tensor,
-        carve: Carve,
-        config: CompressionConfig,
-        tables: CodeTables = NO_TABLES,
-    ) -> None:
-        """See `LayerPools`."""
-        super().__init__(memory, carve, config, tables)
-        self._scale = 1.0
-        self._soft_cap: float | None = None
+    _scale: float  # of the step that runs
+    _soft_cap: float | None
 
     def forward(
         self,

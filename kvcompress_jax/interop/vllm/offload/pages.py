@@ -82,7 +82,8 @@ class BlockPages:
             page = {"raw": self.layers.take("raw", raw)}
         else:
             with_sinks = first and states.sinks.capacity > 0
-            page = self.layers.code(raw, first=int(states.first[block]), exact=with_sinks)
+            (position,) = states.first_of([block]).tolist()
+            page = self.layers.code(raw, first=position, exact=with_sinks)
             if with_sinks:
                 tokens = states.carve.layout.sink_tokens
                 page["sinks"] = self.layers.take("raw", raw)[:, :, :, :tokens].copy()
