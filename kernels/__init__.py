@@ -1,4 +1,5 @@
-"""GPU kernels, installed as `kvcompress_jax.kernels`; they import nothing else of the package."""
+"""Kernels for GPUs and CPUs, installed as `kvcompress_jax.kernels`; they import nothing else of the
+package."""
 
 if __name__ == "kernels":
     raise ImportError(

@@ -212,7 +212,7 @@ class CompressionConfig:
           ConfigError: names the variable, what was expected and what it holds.
         """
         known = {variable for variable, _, _ in _VARIABLES}
-        known |= {"KVCOMPRESS_RECIPE", "KVCOMPRESS_CONFIG"}
+        known |= {"KVCOMPRESS_RECIPE", "KVCOMPRESS_CONFIG", "KVCOMPRESS_NATIVE"}
         for variable in environ:
             if variable.startswith("KVCOMPRESS_") and variable not in known:
                 raise ConfigError(

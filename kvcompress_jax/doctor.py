@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import jax
 
 from kvcompress_jax.config import CompressionConfig, ConfigError
+from kvcompress_jax.kernels.native import compiler, unavailable
 
 OLDEST_VLLM = (0, 29)
 TESTED_VLLM = "0.32.0"
@@ -56,10 +57,24 @@ def examine(environ: Mapping[str, str]) -> list[Finding]:
     return [
         Finding(name="Python", found=platform.python_version()),
         Finding(name="JAX", found=f"{jax.__version__} on {jax.default_backend()} ({devices})"),
+        _native(),
         Finding(name="PyTorch", found=_version("torch") or "not installed"),
         *_configuration(environ),
         *_vllm(environ),
     ]
+
+
+def _native() -> Finding:
+    name = "kernels for CPUs"
+    if jax.default_backend() != "cpu":
+        return Finding(name=name, found="not needed")
+    try:
+        reason = unavailable()
+    except ValueError as e:
+        return Finding(name=name, found="none", problem=str(e))
+    return Finding(
+        name=name, found=f"none, XLA does their work: {reason}" if reason else str(compiler())
+    )
 
 
 def _configuration(environ: Mapping[str, str]) -> list[Finding]:

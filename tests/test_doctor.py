@@ -23,7 +23,7 @@ def test_reports_this_machine(capsys, monkeypatch):
     assert "ok  JAX" in text and "pages of 64 tokens" in text
     assert main(["doctor", "--json"]) == 0
     names = [f["name"] for f in json.loads(capsys.readouterr().out)]
-    assert names[:4] == ["Python", "JAX", "PyTorch", "configuration"]
+    assert names[:5] == ["Python", "JAX", "kernels for CPUs", "PyTorch", "configuration"]
 
 
 def test_floor_layers_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import jax
 
+from kvcompress_jax.kernels.decode_attention.cpu import attention_cpu
 from kvcompress_jax.kernels.decode_attention.inputs import AttentionPools, PageLists
 from kvcompress_jax.kernels.decode_attention.mosaic import attention_mosaic
 from kvcompress_jax.kernels.decode_attention.reference import attention_reference
@@ -11,6 +12,7 @@ from kvcompress_jax.kernels.dispatch import dispatch
 IMPLEMENTATIONS = {
     "triton": attention_triton,
     "mosaic_gpu": attention_mosaic,
+    "cpu": attention_cpu,
     "xla": attention_reference,
 }
 

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 
 from kvcompress_jax.kernels.dispatch import dispatch
 from kvcompress_jax.kernels.pools import CodePools
+from kvcompress_jax.kernels.seal_page.cpu import seal_page_cpu
 from kvcompress_jax.kernels.seal_page.reference import seal_page_reference
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
 
-IMPLEMENTATIONS = {"triton": seal_page_triton, "xla": seal_page_reference}
+IMPLEMENTATIONS = {"triton": seal_page_triton, "cpu": seal_page_cpu, "xla": seal_page_reference}
 
 
 def seal_page(

@@ -46,6 +46,7 @@ class Implementation(Protocol):
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "triton": functools.partial(attend_kernels, implementation="triton"),
     "mosaic_gpu": functools.partial(attend_kernels, implementation="mosaic_gpu"),
+    "cpu": functools.partial(attend_kernels, implementation="cpu"),
     "xla": attend_xla,
 }
 
@@ -84,8 +85,8 @@ def attend(
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       return_mass: also return what each page and raw token received, from the same pass.
       implementation: "triton" (GPU kernels), "mosaic_gpu" (a GPU kernel for decode steps on sm_90
-        and newer, JAX 0.12 and newer), "xla" (any device), or None: the first of them that can do
-        it, where there is a GPU. A name never falls back to another.
+        and newer, JAX 0.12 and newer), "cpu" (a kernel for CPUs, of few queries), "xla" (any
+        device), or None: the first of them that can do it here. A name never falls back to another.
 
     Returns:
       out: q's shape and dtype; zeros for queries that are not real.

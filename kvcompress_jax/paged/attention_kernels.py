@@ -1,4 +1,4 @@
-"""`attend` by the GPU kernels: the cache's arrays as they take them."""
+"""`attend` by the kernels: the cache's arrays as they take them."""
 
 import dataclasses
 
@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.kernels.decode_attention import AttentionPools, PageLists, decode_attention
-from kvcompress_jax.kernels.pools import CodePools
 from kvcompress_jax.kernels.prefill_attention import prefill_attention
 from kvcompress_jax.kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_IMPLEMENTATIONS
-from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.cache import PagedCache, code_pools
 from kvcompress_jax.paged.table import PageTable
 
 DECODE_QUERIES = 16  # queries x query heads of a KV head, at most, that make a step a decode step
@@ -64,16 +63,8 @@ def kernel_inputs(cache: PagedCache, table: PageTable) -> tuple[AttentionPools, 
         raise NotImplementedError(
             "cache: expected base and fine planes, got rows of the calibrated code (level 3)"
         )
-    codes = CodePools(
-        base=cache.base,
-        fine=cache.fine,
-        key_step=cache.key_scale.step,
-        key_zero=cache.key_scale.zero,
-        value_step=cache.value_scale.step,
-        value_zero=cache.value_scale.zero,
-        order=cache.order,
-        fine_bits=cache.layout.fine_bits,
+    pools = AttentionPools(
+        raw=cache.raw, codes=code_pools(cache), fine_of=cache.fine_of, sinks=cache.sinks
     )
-    pools = AttentionPools(raw=cache.raw, codes=codes, fine_of=cache.fine_of, sinks=cache.sinks)
     fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(PageLists)}
     return pools, jax.tree.map(jnp.asarray, PageLists(**fields))

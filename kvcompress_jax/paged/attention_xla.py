@@ -1,4 +1,4 @@
-"""`attend` in plain XLA: any device, bounded memory. The reference for the GPU kernels.
+"""`attend` in plain XLA: any device, bounded memory. The reference for the kernels.
 
 Three loops share one online softmax: sealed pages, the exact first tokens, raw pages. Each takes
 a block of pages at a time and runs only as often as the longest row needs.

@@ -9,6 +9,7 @@ from kvcompress_jax.calibrated import CalibratedCode
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.feedback import KeyFeedback
 from kvcompress_jax.importance import LearnedScore
+from kvcompress_jax.kernels.pools import CodePools
 from kvcompress_jax.paged.heads import HeadSplit
 from kvcompress_jax.paged.layout import CacheLayout, PoolSizes
 from kvcompress_jax.paged.telemetry import Telemetry, init_telemetry
@@ -138,4 +139,18 @@ def init_cache(
         )
         if sizes.shadow_pages
         else None,
+    )
+
+
+def code_pools(cache: PagedCache) -> CodePools:
+    """The pools of base and fine planes, as kernels take them."""
+    return CodePools(
+        base=cache.base,
+        fine=cache.fine,
+        key_step=cache.key_scale.step,
+        key_zero=cache.key_scale.zero,
+        value_step=cache.value_scale.step,
+        value_zero=cache.value_scale.zero,
+        order=cache.order,
+        fine_bits=cache.layout.fine_bits,
     )

@@ -8,7 +8,9 @@ from jax import lax
 
 from kvcompress_jax.calibrated import CalibratedCode, RowLayout, decode_rows
 from kvcompress_jax.codec import Scale, narrow, reconstruct
-from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.kernels.dispatch import dispatch
+from kvcompress_jax.kernels.open_page.cpu import open_slots_cpu
+from kvcompress_jax.paged.cache import PagedCache, code_pools
 from kvcompress_jax.paged.page_halves import read_halves
 from kvcompress_jax.paged.products import KeyValueBlock, PageByPage, block_of, goes_page_by_page
 
@@ -22,6 +24,7 @@ def decode_pages(
     live: jax.Array | None = None,
     *,
     dtype: jnp.dtype = FLOAT32,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of sealed pages at their level, in slot order.
 
@@ -31,14 +34,53 @@ def decode_pages(
       ids: i32[...] page ids, all in range.
       live: bool[...]: pages to decode; the others read as zeros, whatever they hold. None: all.
       dtype: of the result.
+      implementation: of pages with planes: "cpu", in C++, or "xla", the same to the bit; None: the
+        first that can. A name never falls back to another.
 
     Returns:
       keys and values, [..., heads, page_size, dim]; slot j holds token `slot_tokens(...)[..., j]`.
+
+    Raises:
+      ValueError: an implementation that does not exist.
+      NotImplementedError: the implementation that was named cannot do this.
     """
     layout = cache.layout
     if cache.code is not None and layout.rows is not None:
+        if implementation not in (None, "xla"):
+            raise NotImplementedError(
+                f"implementation: expected xla for a calibrated code, got {implementation}"
+            )
         keys, values = _decode_row_pages(cache, cache.code.at(layer), layout.rows, layer, ids, live)
         return narrow(keys, dtype), narrow(values, dtype)
+    implementations = {"cpu": _decode_planes_cpu, "xla": _decode_planes}
+    opened: tuple[jax.Array, jax.Array] = dispatch(
+        "decode_pages", implementations, implementation, cache, layer, ids, live, dtype=dtype
+    )
+    return opened
+
+
+def _decode_planes_cpu(
+    cache: PagedCache,
+    layer: jax.Array | int,
+    ids: jax.Array,
+    live: jax.Array | None,
+    *,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    if live is not None:
+        ids = jnp.where(live, ids, -1)
+    chunks = cache.fine_of[layer, jnp.maximum(ids, 0)]
+    return open_slots_cpu(code_pools(cache), layer, ids, chunks, dtype=dtype)
+
+
+def _decode_planes(
+    cache: PagedCache,
+    layer: jax.Array | int,
+    ids: jax.Array,
+    live: jax.Array | None,
+    *,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
     codes = read_halves(cache, layer, ids, live, turn_values=True)
     keys, values = (x.position(_joined(x.halves)) for x in codes)
     key_scale, value_scale = _scales(cache, layer, ids, live)

@@ -24,8 +24,8 @@ from kvcompress_jax.paged.page_code import (
 )
 from kvcompress_jax.paged.plane_bytes import flat
 from kvcompress_jax.paged.raw_bits import bits, from_pool
+from kvcompress_jax.paged.seal_kernels import seal_cpu, seal_triton
 from kvcompress_jax.paged.seal_rows import seal_rows
-from kvcompress_jax.paged.seal_triton import seal_triton
 from kvcompress_jax.paged.sealing import Sealing
 from kvcompress_jax.paged.telemetry import keep_shadow
 
@@ -42,8 +42,9 @@ def seal(cache: PagedCache, sealing: Sealing, *, implementation: str | None = No
     Args:
       cache: donated, it is updated in place.
       sealing: what to seal.
-      implementation: "triton", a kernel for GPUs, or "xla"; None chooses the first that can. On a
-        GPU a refused page may have been written to in part, which means nothing: it is not sealed.
+      implementation: "triton", a kernel for GPUs, "cpu", one for CPUs, or "xla"; None chooses
+        the first that can. On a GPU a refused page may have been written to in part, which means
+        nothing: it is not sealed.
 
     Returns:
       The cache with the codes in it, `cache.sealed` True for pages that were sealed.
@@ -212,4 +213,4 @@ def _finish(cache: PagedCache, kv: jax.Array, sealing: Sealing, i: jax.Array) ->
     return dataclasses.replace(cache, sinks=sinks, heat=cache.heat.at[sealing.page[i]].set(0.0))
 
 
-IMPLEMENTATIONS = {"triton": seal_triton, "xla": seal_xla}
+IMPLEMENTATIONS = {"triton": seal_triton, "cpu": seal_cpu, "xla": seal_xla}

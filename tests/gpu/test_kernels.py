@@ -23,7 +23,7 @@ from tests.kernels.test_attention import CASES, ROUNDING, check_kernels
 from tests.models.tiny import CONFIGS, random_tokens, tiny_model
 from tests.paged.batch import make_batch
 from tests.paged.test_attention import judge
-from tests.paged.test_seal_triton import make_cache, make_feedback, work
+from tests.paged.test_seal_kernels import make_cache, make_feedback, work
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU")
 

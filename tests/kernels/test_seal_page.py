@@ -1,4 +1,5 @@
-"""`seal_page`: the kernel, interpreted, against the paged cache's own code and against float64."""
+"""`seal_page`: the kernels, the GPU's interpreted, against the paged cache's own code and against
+float64."""
 
 import dataclasses
 import functools
@@ -11,6 +12,7 @@ import pytest
 from kvcompress_jax.feedback import PageFeedback
 from kvcompress_jax.importance import ImportanceRule
 from kvcompress_jax.kernels.seal_page import seal_page
+from kvcompress_jax.kernels.seal_page.cpu import seal_page_cpu
 from kvcompress_jax.kernels.seal_page.reference import seal_page_reference
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
 from kvcompress_jax.paged.page_code import code_rows, fit_page, lay_out
@@ -92,6 +94,22 @@ def run_triton(work, pools, channels, **changes):
     return _run_triton(work.raw, pools, work.tables | changes, channels)
 
 
+@jax.jit
+def _run_cpu(raw, pools, tables):
+    return seal_page_cpu(raw, pools, **tables)
+
+
+def run_cpu(work, pools, channels, **changes):
+    del channels  # of Triton's pieces
+    return _run_cpu(work.raw, pools, work.tables | changes)
+
+
+KERNELS = {"triton": run_triton, "cpu": run_cpu}
+kernels = pytest.mark.parametrize("kernel", KERNELS)
+# To the byte, where XLA fuses products and sums as the C++ compiler does.
+fused = pytest.mark.parametrize("kernel", ["triton", pytest.param("cpu", marks=pytest.mark.slow)])
+
+
 @functools.partial(jax.jit, static_argnames=("fine_rows", "fine_bits"))
 def _code_page(keys, values, fit, refines, *, fine_rows, fine_bits):
     fine = {"fine_rows": fine_rows, "fine_bits": fine_bits}
@@ -128,14 +146,15 @@ def is_the_code(work, pools, fine_rows):
     return True
 
 
+@kernels
 @pytest.mark.slow
 @pytest.mark.parametrize(("page_size", "dim", "fine_rows", "dtype", "channels", "fine_bits"), SIZES)
 def test_is_the_code_of_the_paged_cache_to_the_byte(
-    page_size, dim, fine_rows, dtype, channels, fine_bits
+    kernel, page_size, dim, fine_rows, dtype, channels, fine_bits
 ):
     work = make_work(page_size, dim, fine_rows, dtype, fine_bits)
     before = empty_pools(page_size, dim, fine_rows, fine_bits)
-    after, sealed = run_triton(work, before, channels)
+    after, sealed = KERNELS[kernel](work, before, channels)
     assert np.array_equal(sealed, [True, True, True, False])
     assert is_the_code(work, after, fine_rows)
     # The judge says no to another order, another page, and a page that was not written.
@@ -143,7 +162,7 @@ def test_is_the_code_of_the_paged_cache_to_the_byte(
     other = dataclasses.replace(work, raw=work.raw.at[1, 1, 1, 1, 2, 5].add(0.5))
     assert not is_the_code(other, after, fine_rows)
     if work.worth is not None:
-        other_order = run_triton(work, before, channels, worth=-work.worth)[0]
+        other_order = KERNELS[kernel](work, before, channels, worth=-work.worth)[0]
         assert not is_the_code(work, other_order, fine_rows)
     # What was not asked for is as it was: other pages, and the chunks of nobody and of the padding.
     for page in set(range(PAGES)) - set(TARGET[:COUNT]):
@@ -154,12 +173,13 @@ def test_is_the_code_of_the_paged_cache_to_the_byte(
             assert same_bytes(before.fine[chunk], after.fine[chunk])
 
 
+@fused
 @pytest.mark.parametrize(("fine_rows", "fine_bits"), [(8, 4), (0, 4), (8, 2)])
-def test_the_reference_is_the_kernel(fine_rows, fine_bits):
+def test_the_reference_is_the_kernel(kernel, fine_rows, fine_bits):
     work = make_work(16, 64, fine_rows, "bfloat16", fine_bits)
     before = empty_pools(16, 64, fine_rows, fine_bits)
     got, sealed = jax.jit(seal_page_reference)(work.raw, before, **work.tables)
-    want, _ = run_triton(work, before, 32)
+    want, _ = KERNELS[kernel](work, before, 32)
     assert np.array_equal(sealed, [True, True, True, False])
     assert all(same_bytes(a, b) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True))
 
@@ -211,25 +231,26 @@ def fed_differences(work, pools, fine_rows, feedback):
     return [float(np.concatenate([x.ravel() for x in each]).mean()) for each in (keys, rest)]
 
 
+@kernels
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("page_size", "dim", "fine_rows", "dtype", "channels", "fine_bits"),
     [SIZES[0], SIZES[2], SIZES[3], SIZES[6], SIZES[8]],
 )
 def test_keys_are_fed_back_as_in_the_paged_cache(
-    page_size, dim, fine_rows, dtype, channels, fine_bits
+    kernel, page_size, dim, fine_rows, dtype, channels, fine_bits
 ):
     work = make_work(page_size, dim, fine_rows, dtype, fine_bits)
     feedback = feedback_of(dim)
     before = empty_pools(page_size, dim, fine_rows, fine_bits)
-    after, sealed = run_triton(work, before, channels, feedback=feedback)
+    after, sealed = KERNELS[kernel](work, before, channels, feedback=feedback)
     assert np.array_equal(sealed, [True, True, True, False])
     keys, rest = fed_differences(work, after, fine_rows, feedback)
     assert rest == 0
     assert keys < 0.01
-    plain, _ = run_triton(work, before, channels)
+    plain, _ = KERNELS[kernel](work, before, channels)
     assert fed_differences(work, plain, fine_rows, feedback)[0] > 0.1
-    other = run_triton(work, before, channels, feedback=feedback[:, :, ::-1])[0]
+    other = KERNELS[kernel](work, before, channels, feedback=feedback[:, :, ::-1])[0]
     assert fed_differences(work, other, fine_rows, feedback)[0] > 0.1
     reference, _ = jax.jit(functools.partial(seal_page_reference, pairs=4))(
         work.raw, before, **work.tables | {"feedback": feedback}
@@ -264,9 +285,10 @@ def within_level(work, pools, fine_rows):
     return True
 
 
-def test_is_within_the_bound_of_its_bits_in_float64():
+@kernels
+def test_is_within_the_bound_of_its_bits_in_float64(kernel):
     work = make_work(16, 64, 8, "bfloat16")
-    after, _ = run_triton(work, empty_pools(16, 64, 8), 32)
+    after, _ = KERNELS[kernel](work, empty_pools(16, 64, 8), 32)
     assert within_level(work, after, 8)
     assert not within_level(work, after, 9)  # one slot more than there are
     flipped = dataclasses.replace(
@@ -275,14 +297,15 @@ def test_is_within_the_bound_of_its_bits_in_float64():
     assert not within_level(work, flipped, 8)
 
 
+@kernels
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("kind", [0, 1])
-def test_a_page_that_is_not_finite_is_refused_and_spoils_no_other(bad, kind):
+def test_a_page_that_is_not_finite_is_refused_and_spoils_no_other(kernel, bad, kind):
     work = make_work(16, 64, 8, "bfloat16")
     pools = empty_pools(16, 64, 8)
-    healthy, _ = run_triton(work, pools, 32)
+    healthy, _ = KERNELS[kernel](work, pools, 32)
     spoiled = dataclasses.replace(work, raw=work.raw.at[1, 2, kind, 1, 5, 7].set(bad))
-    after, sealed = run_triton(spoiled, pools, 32)
+    after, sealed = KERNELS[kernel](spoiled, pools, 32)
     assert np.array_equal(sealed, [True, False, True, False])
     for page in (4, 2, 0, 3):
         was, now = page_of(healthy, page), page_of(after, page)
@@ -290,11 +313,12 @@ def test_a_page_that_is_not_finite_is_refused_and_spoils_no_other(bad, kind):
     assert same_bytes(healthy.fine[jnp.array([0, 1, 2, 3, 4, 5])], after.fine[:6])
 
 
-def test_order_of_equals_infinities_and_nan():
+@kernels
+def test_order_of_equals_infinities_and_nan(kernel):
     work = make_work(16, 64, 8, "bfloat16")
     worth = jnp.zeros((N, LAYERS, HEADS, 16)).at[..., 4].set(jnp.inf).at[..., 9].set(jnp.inf)
     worth = worth.at[..., 0].set(jnp.nan).at[..., 15].set(-jnp.inf).at[..., 2].set(-1.0)
-    after, _ = run_triton(work, empty_pools(16, 64, 8), 32, worth=worth)
+    after, _ = KERNELS[kernel](work, empty_pools(16, 64, 8), 32, worth=worth)
     expected = [4, 9, 1, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14, 2, 0, 15]
     assert np.array_equal(page_of(after, 4)["order"][1, 1], expected)
 

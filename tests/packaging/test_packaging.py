@@ -92,8 +92,9 @@ def test_the_wheel_has_everything_and_nothing_at_top_level(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"kvcompress_jax", f"kvcompress_jax-{kvcompress_jax.__version__}.dist-info"}
-    packaged = {name for name in names if name.endswith(".py")}
-    tree = {f"kvcompress_jax/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    packaged = {name for name in names if name.endswith((".py", ".cc", ".h"))}
+    sources = [p for p in (ROOT / "kernels").rglob("*") if p.suffix in (".py", ".cc", ".h")]
+    tree = {f"kvcompress_jax/{p.relative_to(ROOT)}" for p in sources}
     tree |= {str(p.relative_to(ROOT)) for p in (ROOT / "kvcompress_jax").rglob("*.py")}
     assert packaged == tree
     assert "kvcompress_jax/py.typed" in names

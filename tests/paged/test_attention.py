@@ -1,6 +1,7 @@
 """`attend` against dense float64 attention that reads the same bytes."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvcompress_jax.config import CompressionConfig
+from kvcompress_jax.kernels.decode_attention.cpu import MOST_QUERIES
 from kvcompress_jax.paged import PagedCache, PoolSizes, attend, init_cache
 from tests.paged.batch import make_batch, reference_attention, reference_tokens
 
@@ -65,13 +67,27 @@ def judge(batch, q, result, *, layer, query_lengths, scale, window=0, soft_cap=N
     return worst
 
 
+IMPLEMENTATION = None
+
+
+@pytest.fixture(params=["cpu", "xla"])
+def by(request, monkeypatch):
+    """Both that run on a CPU, whichever of them would be chosen."""
+    monkeypatch.setattr(sys.modules[__name__], "IMPLEMENTATION", request.param)
+
+
+both = pytest.mark.usefixtures("by")
+
+
 def run(batch, *, queries, query_lengths, group=3, layer=1, seed=1, dtype=jnp.float32, **options):
     layout = batch.cache.layout
+    if IMPLEMENTATION == "cpu" and queries * group > MOST_QUERIES:
+        pytest.skip("left to XLA")
     shape = (len(query_lengths), queries, layout.kv_heads * group, layout.head_dim)
     q = jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
     scale = layout.head_dim**-0.5 / 4  # the outlier channel makes large logits
     lengths = jnp.asarray(query_lengths, jnp.int32)
-    options = {"scale": scale, "return_mass": True, **options}
+    options = {"scale": scale, "return_mass": True, "implementation": IMPLEMENTATION} | options
     result = _attend(q, batch.cache, layer, batch.table(), query_lengths=lengths, **options)
     return q, result, scale
 
@@ -79,6 +95,7 @@ def run(batch, *, queries, query_lengths, group=3, layer=1, seed=1, dtype=jnp.fl
 CONFIG = CompressionConfig(page_size=16, window_tokens=16)
 
 
+@both
 @pytest.mark.parametrize(
     "config",
     [
@@ -106,6 +123,7 @@ def test_decode(config):
     assert judge(batch, q[::-1], swapped, **judged) > 100 * TOLERANCE
 
 
+@both
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 4, 7])
 def test_head_sizes_and_groups(head_dim, group):
@@ -125,6 +143,7 @@ def test_mixed_batches_of_decode_and_chunked_prefill(lengths):
         assert judge(batch, q, (*late, None), **judged) > 100 * TOLERANCE
 
 
+@both
 @pytest.mark.parametrize("window", [1, 20, 64, 1000])
 def test_sliding_window(window):
     batch = make_batch(CONFIG, [21, 70, 200])
@@ -136,6 +155,7 @@ def test_sliding_window(window):
         assert judge(batch, q, result, **judged, window=window + 1) > TOLERANCE
 
 
+@both
 def test_no_window_is_a_window_of_zero():
     batch = make_batch(CONFIG, [21, 70, 200])
     q, result, scale = run(batch, queries=4, query_lengths=[3, 4, 1], window=jnp.int32(0))
@@ -143,6 +163,7 @@ def test_no_window_is_a_window_of_zero():
     assert judge(batch, q, result, **judged) <= TOLERANCE
 
 
+@both
 def test_soft_cap():
     batch = make_batch(CONFIG, [21, 70, 200])
     ones = [1, 1, 1]
@@ -152,6 +173,7 @@ def test_soft_cap():
     assert judge(batch, q, result, **judged) > 100 * TOLERANCE
 
 
+@both
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_caches_and_queries(dtype):
     batch = make_batch(CONFIG, [21, 70, 200], dtype=dtype)
@@ -161,6 +183,20 @@ def test_low_precision_caches_and_queries(dtype):
     rounding = float(jnp.finfo(dtype).eps)  # of the output; everything before is float32
     judged = {"layer": 1, "query_lengths": ones, "scale": scale}
     assert judge(batch, q, result, **judged) <= TOLERANCE + rounding
+
+
+@both
+@pytest.mark.parametrize("options", [{}, {"fine_bits": 2}, {"fine_bits": 2, "ratio": 0.2}], ids=str)
+def test_pages_of_any_level(options):
+    """With fine planes of four bits and of two, of some tokens and of all; some with none."""
+    batch = make_batch(dataclasses.replace(CONFIG, **options), [40, 200], dtype="bfloat16")
+    assert (batch.cache.fine_of >= 0).any() and (batch.cache.fine_of < 0).any()
+    lengths = [5, 3]
+    q, result, scale = run(batch, queries=5, query_lengths=lengths)
+    judged = {"layer": 1, "query_lengths": lengths, "scale": scale}
+    assert judge(batch, q, result, **judged) <= TOLERANCE
+    flat = dataclasses.replace(batch.cache, fine=batch.cache.fine ^ jnp.uint8(0x88))
+    assert judge(dataclasses.replace(batch, cache=flat), q, result, **judged) > 10 * TOLERANCE
 
 
 def test_order_of_pages_does_not_matter():
@@ -220,7 +256,7 @@ def test_memory_is_bounded():
         (
             (1, 1, 4, 64),
             {"implementation": "cuda"},
-            r"implementation: expected one of \['mosaic_gpu', 'triton', 'xla'\]",
+            r"implementation: expected one of \['cpu', 'mosaic_gpu', 'triton', 'xla'\]",
         ),
     ],
 )

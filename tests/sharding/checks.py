@@ -118,8 +118,11 @@ def what_all_devices_have_is_the_same_on_all():
         assert torn(cache) == []
     # The judge sees shards that decide each for itself.
     apply_plan_in_place.clear_cache()
-    with mock.patch.object(
-        sys.modules["kvcompress_jax.paged.seal"], "on_all_heads", lambda split, flag: flag
+    room = "kvcompress_jax.paged"
+    own = {"on_all_heads": lambda split, flag: flag}
+    with (
+        mock.patch.multiple(sys.modules[f"{room}.seal"], **own),
+        mock.patch.multiple(sys.modules[f"{room}.seal_kernels"], **own),
     ):
         assert {".sealed", ".rejected"} <= set(torn(sealed.__wrapped__(2, "spoiled").cache))
     apply_plan_in_place.clear_cache()

@@ -1,7 +1,8 @@
-"""Full raw pages to sealed ones on a GPU: all of them by one launch of a kernel."""
+"""Full raw pages to sealed ones, all of them by one call of a kernel."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,31 @@ from jax import lax
 from kvcompress_jax.codec import Scale
 from kvcompress_jax.feedback import at_position, block_pairs
 from kvcompress_jax.kernels.pools import CodePools
+from kvcompress_jax.kernels.seal_page.cpu import seal_page_cpu
 from kvcompress_jax.kernels.seal_page.triton import seal_page_triton
-from kvcompress_jax.paged.cache import PagedCache
+from kvcompress_jax.paged.cache import PagedCache, code_pools
 from kvcompress_jax.paged.heads import head_by_head, on_all_heads
 from kvcompress_jax.paged.page_code import FIT_AXES, fit_page
+from kvcompress_jax.paged.raw_bits import bits, from_pool
 from kvcompress_jax.paged.sealing import Sealing
 from kvcompress_jax.paged.telemetry import keep_shadow
 
+SealPage = Callable[..., tuple[CodePools, jax.Array]]
+
 
 def seal_triton(cache: PagedCache, sealing: Sealing, *, interpret: bool = False) -> PagedCache:
+    """On a GPU. A page that is refused may have been written to in part."""
+    return _seal(cache, sealing, functools.partial(seal_page_triton, interpret=interpret))
+
+
+def seal_cpu(cache: PagedCache, sealing: Sealing) -> PagedCache:
+    """On a CPU."""
+    return _seal(cache, sealing, seal_page_cpu)
+
+
+def _seal(cache: PagedCache, sealing: Sealing, seal_page: SealPage) -> PagedCache:
     """See `kvcompress_jax.paged.seal.seal`. What tokens are worth is found by XLA, page by page;
-    the kernel does the rest. A page that is refused may have been written to in part.
+    the kernel does the rest.
 
     Raises:
       NotImplementedError: a calibrated code, or shapes that the kernel cannot do.
@@ -32,18 +47,9 @@ def seal_triton(cache: PagedCache, sealing: Sealing, *, interpret: bool = False)
     real = jnp.arange(n, dtype=jnp.int32) < sealing.count
     first = sealing.sink >= 0
     exact = layout.sink_tokens if cache.sinks.shape[1] else 0
-    pools, sealed = seal_page_triton(
+    pools, sealed = seal_page(
         cache.raw,
-        CodePools(
-            base=cache.base,
-            fine=cache.fine,
-            key_step=cache.key_scale.step,
-            key_zero=cache.key_scale.zero,
-            value_step=cache.value_scale.step,
-            value_zero=cache.value_scale.zero,
-            order=cache.order,
-            fine_bits=layout.fine_bits,
-        ),
+        code_pools(cache),
         source=jnp.asarray(sealing.raw),
         target=jnp.asarray(sealing.page),
         chunks=jnp.asarray(sealing.chunks),
@@ -52,16 +58,10 @@ def seal_triton(cache: PagedCache, sealing: Sealing, *, interpret: bool = False)
         worth=_worth(cache, sealing, n),
         feedback=_feedback(cache, sealing),
         pairs=block_pairs(layout.head_dim),
-        interpret=interpret,
     )
     sealed = on_all_heads(cache.split, sealed)
     # Indices out of range are dropped.
     page = jnp.where(sealed, sealing.page, cache.sealed.shape[0])
-    sinks = cache.sinks
-    if sinks.shape[1]:
-        slot = jnp.where(sealed & first, sealing.sink, sinks.shape[1])
-        rows = cache.raw[:, sealing.raw, :, :, : layout.sink_tokens]
-        sinks = sinks.at[:, slot].set(rows, mode="drop")
     every_page = jnp.where(real, sealing.page, cache.sealed.shape[0])
     cache = dataclasses.replace(
         cache,
@@ -71,13 +71,32 @@ def seal_triton(cache: PagedCache, sealing: Sealing, *, interpret: bool = False)
         value_scale=Scale(step=pools.value_step, zero=pools.value_zero),
         order=pools.order,
         fine_of=cache.fine_of.at[:, page].set(jnp.asarray(sealing.chunks).T, mode="drop"),
-        sinks=sinks,
+        sinks=_put_sinks(cache, sealing, sealed & first),
         heat=cache.heat.at[page].set(0.0, mode="drop"),
         # The last owner of a page may have left True.
         sealed=cache.sealed.at[every_page].set(sealed, mode="drop"),
         rejected=cache.rejected + jnp.sum(real & ~sealed, dtype=jnp.int32),
     )
     return _keep_shadows(cache, sealing)
+
+
+def _put_sinks(cache: PagedCache, sealing: Sealing, first: jax.Array) -> jax.Array:
+    """The exact first tokens of pages that are `first`, bool[n]. In slices: JAX before 0.12 gathers
+    bfloat16 by way of all of its pool in float32."""
+    sinks = cache.sinks
+    if not sinks.shape[1]:
+        return sinks
+    layers, _, _, heads, tokens, dim = sinks.shape
+
+    def body(i: jax.Array, sinks: jax.Array) -> jax.Array:
+        start = (0, sealing.raw[i], 0, 0, 0, 0)
+        rows = lax.dynamic_slice(cache.raw, start, (layers, 1, 2, heads, tokens, dim))
+        slot = jnp.maximum(sealing.sink[i], 0)
+        there = lax.dynamic_slice_in_dim(sinks, slot, 1, axis=1)
+        rows = jnp.where(first[i], from_pool(rows, sinks.dtype), there)
+        return lax.dynamic_update_slice_in_dim(sinks, rows, slot, axis=1)
+
+    return lax.fori_loop(0, sealing.count, body, sinks)
 
 
 def _feedback(cache: PagedCache, sealing: Sealing) -> jax.Array | None:
@@ -109,7 +128,8 @@ def _worth(cache: PagedCache, sealing: Sealing, n: int) -> jax.Array | None:
         exact = None
         if layout.sink_tokens and cache.sinks.shape[1]:
             exact = (token < layout.sink_tokens) & (sealing.sink[i] >= 0)
-        keys, values = cache.raw[:, raw, 0], cache.raw[:, raw, 1]
+        kv = from_pool(bits(cache.raw)[:, raw], layout.jax_dtype)
+        keys, values = kv[:, 0], kv[:, 1]
         found = head_by_head(
             cache.split,
             fit_layers,
@@ -128,7 +148,8 @@ def _keep_shadows(cache: PagedCache, sealing: Sealing) -> PagedCache:
     shadow = sealing.shadow
 
     def body(i: jax.Array, telemetry: object) -> object:
-        return keep_shadow(telemetry, cache.raw[:, sealing.raw[i]], shadow[i])  # type: ignore[arg-type]
+        kv = from_pool(bits(cache.raw)[:, sealing.raw[i]], cache.layout.jax_dtype)
+        return keep_shadow(telemetry, kv, shadow[i])  # type: ignore[arg-type]
 
     kept = lax.fori_loop(0, sealing.count, body, cache.telemetry)
     return dataclasses.replace(cache, telemetry=kept)
