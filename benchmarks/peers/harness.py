@@ -15,7 +15,8 @@ OPERATIONS = ("compress", "decompress", "attend")
 # distribution. A code of one bit less is off by a factor of 2.
 SLACK = 1.6
 ATTENTION_TOLERANCE = 2.0**-5  # of the root mean square: keys, weights and values in bfloat16
-RUNS = 5  # of an operation in a turn, after one that is not timed; their median counts
+RUNS = 5  # of an operation in a turn, whose median counts,
+SETTLING_SECONDS = 0.03  # after so long of runs that are not timed
 SLOW_SECONDS = 0.2  # what takes longer is run once a turn
 ENOUGH_SECONDS = 6.0  # whose rounds have taken so long in all is timed no more,
 FEWEST_ROUNDS = 3  # after so many of them
@@ -162,8 +163,10 @@ def compare(
 def _one_round(contender: Contender, seconds: dict[str, list[float]]) -> None:
     def clocked(operation: str, work: Callable[[], Any]) -> Any:
         slow = bool(seconds[operation]) and seconds[operation][-1] > SLOW_SECONDS
-        if not slow:
-            work()  # others ran in between: caches, clocks and thread pools settle
+        # Others ran in between: caches and clocks settle, and their threads stop to spin.
+        settled = time.perf_counter() + SETTLING_SECONDS
+        while not slow and time.perf_counter() < settled:
+            work()
         found = []
         for _ in range(1 if slow else RUNS):
             start = time.perf_counter()

@@ -32,10 +32,11 @@ quartiles in parentheses; ratios are of times in the same round. Slow contenders
 Peers' attention is their own, or torch's on what they decompress, called as it is fastest.
 
 *KIVI in plain torch* is KIVI as we would write it, since its own code needs a GPU; *in compiled
-torch* it goes through `torch.compile`: what fusing alone gives. An 8-bit page of ours lies in two
-planes of nibbles, so that it can be demoted without coding it again; both planes have to be joined
-when it is opened, where others read one byte. Opening is for export: generation attends to the
-planes block by block, and never has more open."""
+torch* it goes through `torch.compile`: what fusing alone gives, of keys and values that stay in the
+order in which they came. An 8-bit page of ours lies in two planes of nibbles, values transposed, so
+that it can be demoted without coding it again and read by GPUs as it lies; both planes have to be
+joined when it is opened, where others read one byte. Opening is for export and for long prompts:
+generation attends to the planes as they are."""
 
 
 def machine(threads: int) -> dict[str, object]:
