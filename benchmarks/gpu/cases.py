@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Collection, Mapping
 
@@ -34,8 +35,8 @@ def all_cases() -> list[Case]:
     """Of every folder of kernels that has a `cases` module, by name."""
     found: list[Case] = []
     for module in pkgutil.iter_modules(kvcompress_jax.kernels.__path__):
-        if module.ispkg:
-            name = f"{kvcompress_jax.kernels.__name__}.{module.name}.cases"
+        name = f"{kvcompress_jax.kernels.__name__}.{module.name}.cases"
+        if module.ispkg and importlib.util.find_spec(name):  # `native` has none
             found += importlib.import_module(name).CASES
     return sorted(found, key=lambda case: case.name)
 
