@@ -9,6 +9,7 @@ from typing import Any
 
 from kvcompress_jax.calibrated.row import RowLayout
 from kvcompress_jax.importance import ATTENTIONS, MAGNITUDES, ImportanceRule, ImportanceWeights
+from kvcompress_jax.kernels.native import SWITCH
 from kvcompress_jax.paged.layout import PAGE_SIZES, CacheLayout
 from kvcompress_jax.quality import Measured, QualityBound
 
@@ -212,7 +213,7 @@ class CompressionConfig:
           ConfigError: names the variable, what was expected and what it holds.
         """
         known = {variable for variable, _, _ in _VARIABLES}
-        known |= {"KVCOMPRESS_RECIPE", "KVCOMPRESS_CONFIG", "KVCOMPRESS_NATIVE"}
+        known |= {"KVCOMPRESS_RECIPE", "KVCOMPRESS_CONFIG", SWITCH}
         for variable in environ:
             if variable.startswith("KVCOMPRESS_") and variable not in known:
                 raise ConfigError(

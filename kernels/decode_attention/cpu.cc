@@ -26,9 +26,6 @@ struct Sizes {
   float soft_cap;
   int window;  // 0: none
   bool mass;
-
-  int64_t sealed_pages(const struct Arrays& arrays, int64_t row) const;
-  int64_t raw_pages_of(const struct Arrays& arrays, int64_t row) const;
 };
 
 struct Arrays {
@@ -44,12 +41,12 @@ struct Arrays {
   float *out, *lse, *sealed_mass, *raw_mass;
 };
 
-int64_t Sizes::sealed_pages(const Arrays& arrays, int64_t row) const {
-  return pages ? std::min<int64_t>(arrays.sealed_count[row], sealed_columns) : 0;
+int64_t sealed_pages(const Sizes& s, const Arrays& a, int64_t row) {
+  return s.pages ? std::min<int64_t>(a.sealed_count[row], s.sealed_columns) : 0;
 }
 
-int64_t Sizes::raw_pages_of(const Arrays& arrays, int64_t row) const {
-  return std::min<int64_t>(arrays.raw_count[row], raw_columns);
+int64_t raw_pages(const Sizes& s, const Arrays& a, int64_t row) {
+  return std::min<int64_t>(a.raw_count[row], s.raw_columns);
 }
 
 // Sums of kQueries queries with kRows rows each, element i * kRows + r of query i and row r.
@@ -69,7 +66,6 @@ class Softmax {
     top_ = all(kMasked), total_ = Tile{};
   }
 
-  int count() const { return count_; }
   float logit(int query, int token) const {
     return weights_[token / kRows][query * kRows + token % kRows];
   }
@@ -278,7 +274,7 @@ void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head, int firs
     return token <= query && (s.window <= 0 || query - token < s.window);
   };
 
-  for (int64_t column = 0; column < s.sealed_pages(a, row); column++) {
+  for (int64_t column = 0; column < sealed_pages(s, a, row); column++) {
     const int64_t id = a.sealed[row * s.sealed_columns + column];
     const int64_t index = a.sealed_index[row * s.sealed_columns + column];
     const int32_t chunk = s.fine_rows ? a.fine_of[id] : -1;
@@ -310,7 +306,7 @@ void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head, int firs
     softmax.add_raw(a.sinks, from + s.heads * s.sink_tokens * s.dim, s.sink_tokens);
   }
 
-  for (int64_t column = 0; column < s.raw_pages_of(a, row); column++) {
+  for (int64_t column = 0; column < raw_pages(s, a, row); column++) {
     const int64_t id = a.raw_ids[row * s.raw_columns + column];
     const int64_t start = a.raw_index[row * s.raw_columns + column] * s.tokens;
     const int64_t from = (id * 2 * s.heads + head) * s.tokens * s.dim;
@@ -330,7 +326,7 @@ void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head, int firs
 
 // One row and head, and the mass of its pages.
 void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head) {
-  const int64_t sealed = s.sealed_pages(a, row), raw = s.raw_pages_of(a, row);
+  const int64_t sealed = sealed_pages(s, a, row), raw = raw_pages(s, a, row);
   const int64_t at = row * s.heads + head;
   Mass mass;
   if (s.mass) {

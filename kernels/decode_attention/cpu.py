@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvcompress_jax.kernels.decode_attention.inputs import AttentionPools, PageLists
+from kvcompress_jax.kernels.decode_attention.queries import tile_queries, untile_queries
 from kvcompress_jax.kernels.dispatch import UnsuitedError
 from kvcompress_jax.kernels.native import call, kind_of, refuse_shapes
 
@@ -35,16 +36,14 @@ def attention_cpu(
     rows, queries, all_heads, dim = q.shape
     codes = pools.codes
     heads, page_size = pools.raw.shape[3:5]
-    group = all_heads // heads
-    n = queries * group
+    n = queries * all_heads // heads
     if n > MOST_QUERIES:
         raise UnsuitedError(f"queries: expected at most {MOST_QUERIES}, got {n}")
     refuse_shapes(dim, page_size)
-    split = q.astype(jnp.float32).reshape(rows, queries, heads, group, dim) * scale
-    split = split.transpose(0, 2, 1, 3, 4).reshape(rows, heads, n, dim)
-    query = jnp.arange(queries, dtype=jnp.int32)[None, :]
-    lengths = query_lengths[:, None]
-    position = jnp.where(query < lengths, lists.length[:, None] - lengths + query, -1)
+    scaled = q.astype(jnp.float32) * scale
+    tiled = tile_queries(scaled, lists, query_lengths, kv_heads=heads, tile=1)
+    # Those of padding lie past the end.
+    position = jnp.where(tiled.position < lists.length[:, None], tiled.position, -1)
     columns = (lists.sealed.shape[1], lists.raw.shape[1]) if return_mass else (0, 0)
     out, lse, sealed_mass, raw_mass = call(
         Path(__file__).with_name("cpu.cc"),
@@ -55,8 +54,8 @@ def attention_cpu(
             jax.ShapeDtypeStruct((rows, heads, columns[0]), jnp.float32),
             jax.ShapeDtypeStruct((rows, heads, columns[1], page_size), jnp.float32),
         ],
-        split,
-        jnp.repeat(position, group, axis=1),
+        tiled.q,
+        position,
         jnp.asarray(layer, jnp.int32),
         jnp.asarray(0 if window is None else window, jnp.int32),
         codes.base,
@@ -82,11 +81,5 @@ def attention_cpu(
         kind=np.int32(kind_of(pools.raw.dtype)),
         mass=return_mass,
     )
-
-    def unpack_heads(x: jax.Array) -> jax.Array:
-        """[rows, heads, n, ...] to [rows, queries, all_heads, ...]."""
-        x = x.reshape(rows, heads, queries, group, *x.shape[3:])
-        return jnp.moveaxis(x, 1, 2).reshape(rows, queries, all_heads, *x.shape[4:])
-
     mass = (sealed_mass, raw_mass) if return_mass else None
-    return unpack_heads(out).astype(q.dtype), unpack_heads(lse), mass
+    return untile_queries(out, queries).astype(q.dtype), untile_queries(lse, queries), mass

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcompress_jax.kernels.decode_attention.inputs import LN2, Groups, PageLists
-from kvcompress_jax.kernels.decode_attention.queries import Listed
+from kvcompress_jax.kernels.decode_attention.queries import Listed, untile_queries
 
 
 def merge(
@@ -21,9 +21,8 @@ def merge(
       q: the queries, for their shape and dtype.
       query_lengths: i32[rows].
     """
-    rows, queries, all_heads, _ = q.shape
-    kv_heads = lse.shape[1]
-    group = all_heads // kv_heads
+    queries, all_heads = q.shape[1:3]
+    group = all_heads // lse.shape[1]
     n = queries * group
     real = jnp.arange(queries, dtype=jnp.int32)[None, :] < query_lengths[:, None]
     real = jnp.repeat(real, group, axis=1)[:, None, :]  # [rows, 1, n]
@@ -38,13 +37,8 @@ def merge(
     merged = jnp.where(some[:, :, None], merged, 0.0)  # [rows, kv_heads, dim, n]
     both = jnp.where(some, (top + jnp.log2(total)) * LN2, -jnp.inf)
 
-    def by_query(x: jax.Array) -> jax.Array:
-        """[rows, kv_heads, ..., n] to [rows, queries, heads, ...]."""
-        x = jnp.moveaxis(x, -1, 2)
-        x = x.reshape(rows, kv_heads, queries, group, *x.shape[3:])
-        return jnp.moveaxis(x, 1, 2).reshape(rows, queries, all_heads, *x.shape[4:])
-
-    return by_query(merged).astype(q.dtype), by_query(both)
+    merged = untile_queries(jnp.moveaxis(merged, -1, 2), queries)
+    return merged.astype(q.dtype), untile_queries(both, queries)
 
 
 def received_mass(

@@ -122,3 +122,11 @@ def tile_queries(
     packed = q.reshape(rows, queries, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
     packed = packed.reshape(rows, kv_heads, n, dim)
     return Tiled(jnp.pad(packed, ((0, 0), (0, 0), (0, padding), (0, 0))), position)
+
+
+def untile_queries(x: jax.Array, queries: int) -> jax.Array:
+    """Columns of so many queries, without padding, back to heads: from [sequences, kv_heads,
+    columns, ...] to [sequences, queries, heads, ...]."""
+    rows, kv_heads, n, *rest = x.shape
+    x = x.reshape(rows, kv_heads, queries, n // queries, *rest)
+    return jnp.moveaxis(x, 1, 2).reshape(rows, queries, -1, *rest)

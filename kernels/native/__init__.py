@@ -5,7 +5,7 @@ multiplies small matrices on one core. Beside each operation's `cpu.cc` its `cpu
 takes.
 """
 
-from kvcompress_jax.kernels.native.library import call, compiler, unavailable
+from kvcompress_jax.kernels.native.library import SWITCH, call, compiler, unavailable
 from kvcompress_jax.kernels.native.shapes import kind_of, refuse_shapes
 
-__all__ = ["call", "compiler", "kind_of", "refuse_shapes", "unavailable"]
+__all__ = ["SWITCH", "call", "compiler", "kind_of", "refuse_shapes", "unavailable"]

@@ -8,23 +8,26 @@
 
 constexpr int kMostNumbers = 256;  // tokens of a page, and channels of a head
 
-// Where the bytes of one page and head are.
-struct PageBytes {
-  const uint8_t *key_base, *value_base;  // [tokens, half] and [half, tokens]
-  const uint8_t *key_fine, *value_fine;  // null: there is no fine chunk
+// Where the bytes of one page and head are: to be read, or to be written.
+template <typename Byte>
+struct Planes {
+  Byte *key_base, *value_base;  // [tokens, half] and [half, tokens]
+  Byte *key_fine, *value_fine;  // null: there is no fine chunk
   int half, tokens, fine_rows, fine_bits;
 
   int refined() const { return key_fine == nullptr ? 0 : fine_rows * 4 / fine_bits; }
 };
 
+using PageBytes = Planes<const uint8_t>;
+
 // Of a page and a head of planes [pages, 2, heads, bytes]; `chunk` is -1 where there is none.
-inline PageBytes page_bytes(const uint8_t* base, const uint8_t* fine, int64_t page, int64_t chunk,
-                            int64_t head, int64_t heads, int64_t half, int64_t tokens,
-                            int64_t fine_rows, int fine_bits) {
+template <typename Byte>
+inline Planes<Byte> page_bytes(Byte* base, Byte* fine, int64_t page, int64_t chunk, int64_t head,
+                               int64_t heads, int64_t half, int64_t tokens, int64_t fine_rows,
+                               int fine_bits) {
   const int64_t plane = tokens * half, fine_plane = fine_rows * half;
-  const uint8_t* keys = base + (page * 2 * heads + head) * plane;
-  const uint8_t* fine_keys =
-      chunk < 0 ? nullptr : fine + (chunk * 2 * heads + head) * fine_plane;
+  Byte* keys = base + (page * 2 * heads + head) * plane;
+  Byte* fine_keys = chunk < 0 ? nullptr : fine + (chunk * 2 * heads + head) * fine_plane;
   return {keys,
           keys + heads * plane,
           fine_keys,

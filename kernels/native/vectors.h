@@ -155,8 +155,9 @@ inline void write(void* to, int64_t at, Floats x) {
   }
 }
 
-// The first halves of a and b, element by element in turn, and the second halves.
-inline Bytes interleave_first(Bytes a, Bytes b) {
+// The first halves of a and b, element by element in turn, and the second halves; bytes or floats.
+template <typename Vector>
+inline Vector interleave_first(Vector a, Vector b) {
 #if defined(KV_WIDE)
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 #else
@@ -164,24 +165,8 @@ inline Bytes interleave_first(Bytes a, Bytes b) {
 #endif
 }
 
-inline Bytes interleave_second(Bytes a, Bytes b) {
-#if defined(KV_WIDE)
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
-                                 31);
-#else
-  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#endif
-}
-
-inline Floats interleave_first(Floats a, Floats b) {
-#if defined(KV_WIDE)
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#else
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-#endif
-}
-
-inline Floats interleave_second(Floats a, Floats b) {
+template <typename Vector>
+inline Vector interleave_second(Vector a, Vector b) {
 #if defined(KV_WIDE)
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
                                  31);

@@ -86,6 +86,7 @@ ffi::Error Open(ffi::ThreadPool pool, I32 layer, I32 ids, I32 chunks, U8 base, U
   const int64_t half = dim / 2, l = layer.typed_data()[0];
   const int64_t fine_rows = fine.dimensions()[0] ? fine.dimensions()[3] / half : 0;
   const uint8_t* of_layer = base.typed_data() + l * pages * 2 * heads * tokens * half;
+  const uint8_t* chunk_bytes = fine.typed_data();
   auto open = [&]<Kind of>(int64_t i) {
     const int64_t entry = i / heads, head = i % heads, at = i * tokens * dim;
     const int64_t id = ids.typed_data()[entry];
@@ -96,7 +97,7 @@ ffi::Error Open(ffi::ThreadPool pool, I32 layer, I32 ids, I32 chunks, U8 base, U
       return;
     }
     const int64_t chunk = fine_rows ? chunks.typed_data()[entry] : -1;
-    const PageBytes page = page_bytes(of_layer, fine.typed_data(), id, chunk, head, heads, half,
+    const PageBytes page = page_bytes(of_layer, chunk_bytes, id, chunk, head, heads, half,
                                       tokens, fine_rows, fine_bits);
     const int64_t scale = (l * pages + id) * heads + head;
     open_keys<of>(page, bits(key_step) + scale * dim, bits(key_zero) + scale * dim,

@@ -22,17 +22,15 @@ struct Page {
   const void* raw;
   int64_t keys, values;  // elements of `raw` at which they begin, [tokens, dim] each
   Kind kind;
-  int tokens, dim, exact;
+  int dim, exact;
   const float* worth;           // [tokens], or null: slot j holds token j
   const float *carry, *answer;  // [rank, dim], or null: to the nearest
   int rank, pairs;
-  uint8_t *key_base, *value_base, *key_fine, *value_fine;  // the last two null: no fine chunk
-  int fine_rows, fine_bits;
+  Planes<uint8_t> to;
   uint16_t *key_step, *key_zero, *value_step, *value_zero;
   uint8_t* order;
 
-  int refined() const { return key_fine == nullptr ? 0 : fine_rows * 4 / fine_bits; }
-  float cells(int slot) const { return slot < refined() ? float(1 << fine_bits) : 1.0f; }
+  float cells(int slot) const { return slot < to.refined() ? float(1 << to.fine_bits) : 1.0f; }
 };
 
 struct Scale {
@@ -81,29 +79,30 @@ inline Bytes base_of(Bytes low, Bytes high) { return right(low, 4, 0x0F) | (high
 inline Bytes fine_of(Bytes low, Bytes high) { return (low & 15) | left(high, 4, 0xF0); }
 
 void order_tokens(const Page& page, int* token) {
-  std::iota(token, token + page.tokens, 0);
+  std::iota(token, token + page.to.tokens, 0);
   if (page.worth != nullptr) {  // NaN is worth nothing
     auto worth = [&](int i) { return std::isnan(page.worth[i]) ? -INFINITY : page.worth[i]; };
-    std::stable_sort(token, token + page.tokens, [&](int a, int b) { return worth(a) > worth(b); });
+    std::stable_sort(token, token + page.to.tokens,
+                     [&](int a, int b) { return worth(a) > worth(b); });
   }
-  std::copy(token, token + page.tokens, page.order);
+  std::copy(token, token + page.to.tokens, page.order);
 }
 
 // Keys' codes of a slot to its rows of the planes.
 void put_key(const Page& page, int slot, int c, Bytes low, Bytes high) {
   const int half = page.dim / 2;
-  store(page.key_base + int64_t{slot} * half + c, base_of(low, high));
-  if (slot >= page.refined()) return;
+  store(page.to.key_base + int64_t{slot} * half + c, base_of(low, high));
+  if (slot >= page.to.refined()) return;
   const Bytes fine = fine_of(low, high);
-  uint8_t* to = page.key_fine + int64_t{slot % page.fine_rows} * half + c;
-  if (page.fine_bits == 4) store(to, fine);
-  else if (slot < page.fine_rows) store(to, right(fine, 2, 0x33));
+  uint8_t* to = page.to.key_fine + int64_t{slot % page.to.fine_rows} * half + c;
+  if (page.to.fine_bits == 4) store(to, fine);
+  else if (slot < page.to.fine_rows) store(to, right(fine, 2, 0x33));
   else store(to, load<Bytes>(to) | fine);
 }
 
 void code_keys(const Page& page, const int* token, const Scale& scale) {
   const int half = page.dim / 2;
-  for (int slot = 0; slot < page.tokens; slot++) {
+  for (int slot = 0; slot < page.to.tokens; slot++) {
     const Cells cells(all(page.cells(slot)));
     const int64_t from = page.keys + int64_t{token[slot]} * page.dim;
     for (int c = 0; c < half; c += kLanes) {
@@ -125,7 +124,7 @@ void code_keys_fed(const Page& page, const int* token, const Scale& scale) {
   const int dim = page.dim, half = dim / 2;
   Floats x[kMostNumbers];     // of channels
   Bytes codes[kMostNumbers];  // likewise
-  for (int slot = 0; slot < page.tokens; slot += kLanes) {
+  for (int slot = 0; slot < page.to.tokens; slot += kLanes) {
     for (int c = 0; c < dim; c += kLanes) {
       for (int i = 0; i < kLanes; i++)
         x[c + i] = read(page.raw, page.kind, page.keys + int64_t{token[slot + i]} * dim + c);
@@ -163,7 +162,7 @@ void code_keys_fed(const Page& page, const int* token, const Scale& scale) {
 }
 
 void code_values(const Page& page, const int* token, const Scale& scale) {
-  const int half = page.dim / 2, tokens = page.tokens;
+  const int half = page.dim / 2, tokens = page.to.tokens;
   uint8_t room[kMostNumbers];  // fine codes of two channels, of all slots
   for (int c = 0; c < half; c += kLanes) {
     Bytes base[kMostNumbers], fine[kMostNumbers];  // of slots; turned, of channels, block by block
@@ -183,13 +182,13 @@ void code_values(const Page& page, const int* token, const Scale& scale) {
     }
     for (int i = 0; i < kLanes; i++) {
       for (int slot = 0; slot < tokens; slot += kLanes) {
-        store(page.value_base + int64_t{c + i} * tokens + slot, base[slot + i]);
+        store(page.to.value_base + int64_t{c + i} * tokens + slot, base[slot + i]);
         store(room + slot, fine[slot + i]);
       }
-      if (page.value_fine == nullptr) continue;
-      const int rows = page.fine_rows;
-      uint8_t* to = page.value_fine + int64_t{c + i} * rows;
-      if (page.fine_bits == 4) std::memcpy(to, room, rows);
+      if (page.to.value_fine == nullptr) continue;
+      const int rows = page.to.fine_rows;
+      uint8_t* to = page.to.value_fine + int64_t{c + i} * rows;
+      if (page.to.fine_bits == 4) std::memcpy(to, room, rows);
       else for (int j = 0; j < rows; j++) to[j] = (room[j] >> 2) | room[rows + j];
     }
   }
@@ -198,7 +197,7 @@ void code_values(const Page& page, const int* token, const Scale& scale) {
 void seal(const Page& page) {
   int token[kMostNumbers];
   order_tokens(page, token);
-  const int dim = page.dim, tokens = page.tokens;
+  const int dim = page.dim, tokens = page.to.tokens;
   Scale scale;
   for (int c = 0; c < dim; c += kLanes) {
     Floats lo = all(INFINITY), hi = all(-INFINITY);
@@ -279,16 +278,11 @@ ffi::Error Seal(ffi::ThreadPool pool, ffi::AnyBuffer raw, I32 source, I32 target
     const int64_t chunk = fine_rows ? chunks.typed_data()[i * layers + layer] : -1;
     const int64_t at = (layer * pages + id) * heads + head;
     const int64_t entry = (i * layers + layer) * heads + head;
-    const PageBytes to =
-        page_bytes(base->typed_data(), fine->typed_data(), layer * pages + id, chunk, head, heads,
-                   half, tokens, fine_rows, fine_bits);
-    auto own = [](const uint8_t* x) { return const_cast<uint8_t*>(x); };
     const float* fed = rank ? feedback.typed_data() + entry * 2 * rank * dim : nullptr;
     seal({raw.untyped_data(),
           start(i, layer, head, 0),
           start(i, layer, head, 1),
           of,
-          static_cast<int>(tokens),
           static_cast<int>(dim),
           exact.typed_data()[i],
           worth.element_count() ? worth.typed_data() + entry * tokens : nullptr,
@@ -296,12 +290,8 @@ ffi::Error Seal(ffi::ThreadPool pool, ffi::AnyBuffer raw, I32 source, I32 target
           rank ? fed + rank * dim : nullptr,
           static_cast<int>(rank),
           pairs,
-          own(to.key_base),
-          own(to.value_base),
-          own(to.key_fine),
-          own(to.value_fine),
-          static_cast<int>(fine_rows),
-          fine_bits,
+          page_bytes(base->typed_data(), fine->typed_data(), layer * pages + id, chunk, head, heads,
+                     half, tokens, fine_rows, fine_bits),
           bits(*key_step) + at * dim,
           bits(*key_zero) + at * dim,
           bits(*value_step) + at * tokens,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kvcompress_jax.kernels.decode_attention.queries import tile_queries, untile_queries
 from kvcompress_jax.paged.cache import PagedCache
 from kvcompress_jax.paged.heads import HeadSplit, head_by_head
 from kvcompress_jax.paged.layout import CacheLayout
@@ -78,12 +79,11 @@ def attend_xla(
     heads, page_size = layout.kv_heads, layout.page_size
     group = all_heads // heads
     n = queries * group
-    q32 = q.astype(jnp.float32).reshape(rows, queries, heads, group, dim) * scale
-    q32 = q32.transpose(0, 2, 1, 3, 4).reshape(rows, heads, n, dim)
-    # Positions of the queries; those of padding lie past the end and are dropped at the end.
-    first = table.length - query_lengths
-    position = first[:, None] + jnp.arange(queries, dtype=jnp.int32)[None, :]
-    position = jnp.repeat(position, group, axis=1)[:, None, :, None, None]  # [rows, 1, n, 1, 1]
+    scaled = q.astype(jnp.float32) * scale
+    tiled = tile_queries(scaled, table, query_lengths, kv_heads=heads, tile=1)
+    q32 = tiled.q
+    # Positions of padding lie past the end and are dropped at the end.
+    position = tiled.position[:, None, :, None, None]  # [rows, 1, n, 1, 1]
     real = jnp.arange(queries, dtype=jnp.int32)[None, :] < query_lengths[:, None]
     real = jnp.repeat(real, group, axis=1)[:, None, :]  # [rows, 1, n]
 
@@ -165,18 +165,13 @@ def attend_xla(
     lse = jnp.where(some, state.top + jnp.log(total), -jnp.inf)
     out = jnp.where(some[..., None], state.out / total[..., None], 0.0)
 
-    def unpack_heads(x: jax.Array) -> jax.Array:
-        """[rows, heads, n, ...] to [rows, queries, all_heads, ...]."""
-        x = x.reshape(rows, heads, queries, group, *x.shape[3:])
-        return jnp.moveaxis(x, 1, 2).reshape(rows, queries, all_heads, *x.shape[4:])
-
     mass = None
     if return_mass:
         against = jnp.where(some, lse, jnp.inf)
         sealed_mass = jnp.exp(page_lse - against[..., None])  # [rows, heads, n, pages]
         raw_mass = jnp.exp(token_logits - against[..., None, None])
         mass = _sum(cache.split, sealed_mass, 2), _sum(cache.split, raw_mass, 2)
-    return unpack_heads(out).astype(q.dtype), unpack_heads(lse), mass
+    return untile_queries(out, queries).astype(q.dtype), untile_queries(lse, queries), mass
 
 
 def pages_at_once(
