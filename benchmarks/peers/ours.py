@@ -61,7 +61,7 @@ class Ours:
         )
         table = ids.reshape(shape.batch, each)
         none = np.zeros((shape.batch, 0), np.int32)
-        self._table = PageTable(
+        page_table = PageTable(
             sealed=table,
             sealed_index=np.broadcast_to(np.arange(each, dtype=np.int32), table.shape),
             sealed_count=np.full(shape.batch, each, np.int32),
@@ -71,6 +71,8 @@ class Ours:
             sink=np.full(shape.batch, -1, np.int32),
             length=np.full(shape.batch, shape.tokens, np.int32),
         )
+        # Of a step of generation: made once for all layers.
+        self._table = jax.tree.map(jnp.asarray, page_table)
         self._q = jnp.asarray(work.queries)[:, :, None].astype(jnp.bfloat16)
         self._cache = cache
         self._shape = shape

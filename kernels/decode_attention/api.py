@@ -48,7 +48,8 @@ def decode_attention(
       implementation: None chooses; a name never falls back to another.
 
     Returns:
-      out: q's shape and dtype; zeros for queries that are not real.
+      out: q's shape and dtype; zeros for queries that are not real. NaN that a query sees is in
+        its result, and what it gives to tokens is not counted.
       lse: f32[sequences, queries, heads], natural log of the sum of exponentials, -inf likewise.
       mass: None, or f32[sequences, kv_heads, max_sealed] of each sealed page and f32[sequences,
         kv_heads, max_raw, page_size] of each raw token, summed over queries and the query heads of

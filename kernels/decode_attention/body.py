@@ -139,7 +139,7 @@ def _finish(
     """Writes the result, or the share of it that `merge_kernel.py` takes."""
     row, _, head, _ = where
     top, total, out = state
-    some = total > 0
+    some = total != 0  # NaN is handed on
     if plan.splits == 1:
         some = some & (columns.query < refs["query_lengths"][row])
     divisor = jnp.where(some, total, 1.0)

@@ -14,8 +14,8 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr float kMasked = -1e30f;
-constexpr int kRows = 4;                    // of keys, or of values' channels, at a time
-constexpr int kQueries = kLanes / kRows;    // at a time: so that all their sums are one vector
+constexpr int kRows = 4;                  // of keys, or of values' channels, at a time
+constexpr int kQueries = kLanes / kRows;  // at a time: so that all their sums are one vector
 
 // How numbers of an array are addressed, outermost axis first.
 struct Sizes {
@@ -29,10 +29,10 @@ struct Sizes {
 };
 
 struct Arrays {
-  const float* q;             // [rows, heads, queries, dim], scaled
-  const int32_t* position;    // [rows, queries], -1: not real
+  const float* q;           // [rows, heads, queries, dim], scaled
+  const int32_t* position;  // [rows, queries], -1: not real
   const uint8_t *base, *fine;
-  const int32_t* fine_of;     // [pages], of the layer, like all that follows but `fine`
+  const int32_t* fine_of;  // [pages], of the layer, like all that follows but `fine`
   const uint16_t *key_step, *key_zero, *value_step, *value_zero;
   const uint8_t* order;
   const void *raw, *sinks;
@@ -87,20 +87,18 @@ class Softmax {
       }
     }
     const Tile bias = each(shift), less = bias - each(middle);
+    alignas(64) uint8_t codes[kRows][kMostNumbers];
     for (int t = 0; t < page.tokens; t += kRows) {
-      FineRow fine[kRows];
-      for (int r = 0; r < kRows; r++) fine[r] = fine_key(page, t + r);
+      for (int r = 0; r < kRows; r++)
+        separate(page.key_base + int64_t{t + r} * half, fine_key(page, t + r), joined, half,
+                 codes[r], codes[r] + half);
       Floats sum[kLanes] = {};
-      for (int c = 0; c < half; c += kLanes) {
-        Floats low[kRows], high[kRows];
-        for (int r = 0; r < kRows; r++) {
-          Bytes l, h;
-          unpack(page.key_base + int64_t{t + r} * half, fine[r], c, joined, l, h);
-          low[r] = to_floats(l), high[r] = to_floats(h);
-        }
+      for (int c = 0; c < dim_; c += kLanes) {
+        Floats row[kRows];
+        for (int r = 0; r < kRows; r++) row[r] = to_floats(load<Bytes>(codes[r] + c));
         for (int i = 0; i < kQueries; i++) {
-          const Floats y = load<Floats>(&x[i][c]), z = load<Floats>(&x[i][half + c]);
-          for (int r = 0; r < kRows; r++) sum[i * kRows + r] += y * low[r] + z * high[r];
+          const Floats y = load<Floats>(&x[i][c]);
+          for (int r = 0; r < kRows; r++) sum[i * kRows + r] += y * row[r];
         }
       }
       const Ints slot = kRow + t;
@@ -143,7 +141,7 @@ class Softmax {
     for (int t = 0; t < tiles; t++) {
       const Tile x = weights_[t];
       weights_[t] = choose(x > all(kMasked), exp_negative(x - top), Tile{});
-      total += weights_[t];
+      total += weights_[t] + (x - x);  // NaN is handed on
     }
     total = among_rows(total, [](Floats a, Floats b) { return a + b; });
     const Tile shrink = exp_negative(top_ - top);
@@ -176,19 +174,18 @@ class Softmax {
       }
     }
     const Tile bias = each(shift);
-    uint8_t room[kRows / 2][kMostNumbers];
+    uint8_t room[kMostNumbers];
+    alignas(64) uint8_t codes[kRows][kMostNumbers];
     for (int c = 0; c < page.half; c += kRows / 2) {
-      FineRow fine[kRows / 2];
+      // Channels c and c + 1, then those of the other half.
       for (int r = 0; r < kRows / 2; r++)
-        fine[r] = {joined ? fine_value(page, c + r, room[r]) : nullptr, 0, 0xFF};
+        separate(page.value_base + int64_t{c + r} * tokens,
+                 {joined ? fine_value(page, c + r, room) : nullptr, 0, 0xFF}, joined, tokens,
+                 codes[r], codes[kRows / 2 + r]);
       Floats sum[kLanes] = {};
       for (int t = 0; t < tokens; t += kLanes) {
-        Floats row[kRows];  // channels c and c + 1, then those of the other half
-        for (int r = 0; r < kRows / 2; r++) {
-          Bytes low, high;
-          unpack(page.value_base + int64_t{c + r} * tokens, fine[r], t, joined, low, high);
-          row[r] = to_floats(low), row[kRows / 2 + r] = to_floats(high);
-        }
+        Floats row[kRows];
+        for (int r = 0; r < kRows; r++) row[r] = to_floats(load<Bytes>(codes[r] + t));
         for (int i = 0; i < kQueries; i++) {
           const Floats y = load<Floats>(&x[i][t]);
           for (int r = 0; r < kRows; r++) sum[i * kRows + r] += y * row[r];
@@ -215,7 +212,7 @@ class Softmax {
     const int half = dim_ / 2, pair = kRows / 2;
     for (int i = 0; i < count_; i++) {
       const float total = total_[i * kRows];
-      const bool some = position_[i] >= 0 && total > 0;
+      const bool some = position_[i] >= 0 && total != 0;
       lse[i] = some ? top(i) + std::log(total) : -INFINITY;
       for (int c = 0; c < dim_; c++) {
         const int row = c % half % pair + (c < half ? 0 : pair);
@@ -258,23 +255,60 @@ class Softmax {
   float raw_[kQueries][kMostNumbers];   // and of others
 };
 
-// What the queries of one row and head gave to pages, until their totals are known.
-struct Mass {
-  std::vector<float> weight, top;  // [columns, queries]: of exp(top)
-  std::vector<float> logit;        // [columns, queries, tokens] of raw pages
+// Long sequences are attended to in parts, so that threads share even one of few heads. Where they
+// end depends on the sequence alone: its results are the same bits whatever the batch and however
+// many threads there are.
+constexpr int64_t kPartTokens = 512;  // at least, but of the last
+constexpr int64_t kMostParts = 16;
+
+int64_t part_pages(const Sizes& s, int64_t pages) {
+  const int64_t fewest = std::max<int64_t>(kPartTokens / s.tokens, 1);
+  return std::max(fewest, (pages + kMostParts - 1) / kMostParts);
+}
+
+// At least one: the last has what is not sealed, too.
+int64_t parts_of(const Sizes& s, int64_t pages) {
+  const int64_t each = part_pages(s, pages);
+  return std::max<int64_t>((pages + each - 1) / each, 1);
+}
+
+// What parts found, and what queries gave to pages, until the totals are known.
+struct Found {
+  int64_t parts;                   // at most, of a row and head
+  std::vector<float> out, lse;     // [rows, heads, parts, queries, dim] and without dim
+  std::vector<float> weight, top;  // [rows, heads, columns, queries]: of exp(top)
+  std::vector<float> logit;        // [rows, heads, columns, queries, tokens] of raw pages
+
+  explicit Found(const Sizes& s) : parts(s.pages ? parts_of(s, s.sealed_columns) : 1) {
+    const int64_t each = s.rows * s.heads * s.queries;
+    if (parts > 1) {
+      out.resize(each * parts * s.dim);
+      lse.resize(each * parts);
+    }
+    if (s.mass) {
+      weight.resize(each * s.sealed_columns);
+      top.resize(each * s.sealed_columns);
+      logit.resize(each * s.raw_columns * s.tokens, kMasked);
+    }
+  }
 };
 
-// Some queries of one row and head attend to all pages.
-void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head, int first, Mass& mass) {
-  const int64_t at = (row * s.heads + head) * s.queries + first, half = s.dim / 2;
+// Some queries of one row and head attend to the pages of a part.
+void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head, int64_t part, int first,
+            Found& found) {
+  const int64_t of = row * s.heads + head, half = s.dim / 2;
+  const int64_t at = of * s.queries + first;
   const int count = std::min<int64_t>(kQueries, s.queries - first);
+  const int64_t pages = sealed_pages(s, a, row), parts = parts_of(s, pages);
+  const int64_t begin = part * part_pages(s, pages);
+  const int64_t end = std::min(begin + part_pages(s, pages), pages);
   Softmax softmax(s, a.q + at * s.dim, a.position + row * s.queries + first, count);
   const bool exact = s.sinks && a.sink[row] >= 0;
   auto visible = [&](int32_t query, int64_t token) {
     return token <= query && (s.window <= 0 || query - token < s.window);
   };
 
-  for (int64_t column = 0; column < sealed_pages(s, a, row); column++) {
+  for (int64_t column = begin; column < end; column++) {
     const int64_t id = a.sealed[row * s.sealed_columns + column];
     const int64_t index = a.sealed_index[row * s.sealed_columns + column];
     const int32_t chunk = s.fine_rows ? a.fine_of[id] : -1;
@@ -290,13 +324,14 @@ void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head, int firs
     });
     const Tile weight = softmax.weigh(s.tokens);
     for (int i = 0; s.mass && i < count; i++) {
-      mass.weight[column * s.queries + first + i] = weight[i * kRows];
-      mass.top[column * s.queries + first + i] = softmax.top(i);
+      const int64_t entry = (of * s.sealed_columns + column) * s.queries + first + i;
+      found.weight[entry] = weight[i * kRows];
+      found.top[entry] = softmax.top(i);
     }
     softmax.add_values(page, a.value_step + of_values, a.value_zero + of_values);
   }
 
-  if (exact) {
+  if (exact && part == parts - 1) {
     const int64_t from = (int64_t{a.sink[row]} * 2 * s.heads + head) * s.sink_tokens * s.dim;
     softmax.multiply_raw(a.sinks, from, s.sink_tokens);
     softmax.mask(s.sink_tokens, true, [&](int32_t query, int token) {
@@ -306,7 +341,7 @@ void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head, int firs
     softmax.add_raw(a.sinks, from + s.heads * s.sink_tokens * s.dim, s.sink_tokens);
   }
 
-  for (int64_t column = 0; column < raw_pages(s, a, row); column++) {
+  for (int64_t column = 0; part == parts - 1 && column < raw_pages(s, a, row); column++) {
     const int64_t id = a.raw_ids[row * s.raw_columns + column];
     const int64_t start = a.raw_index[row * s.raw_columns + column] * s.tokens;
     const int64_t from = (id * 2 * s.heads + head) * s.tokens * s.dim;
@@ -317,39 +352,64 @@ void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head, int firs
                  [&](int32_t query, int token) { return visible(query, start + token); });
     for (int i = 0; s.mass && i < count; i++)
       for (int t = 0; t < tokens; t++)
-        mass.logit[(column * s.queries + first + i) * s.tokens + t] = softmax.logit(i, t);
+        found.logit[((of * s.raw_columns + column) * s.queries + first + i) * s.tokens + t] =
+            softmax.logit(i, t);
     softmax.weigh(tokens);
     softmax.add_raw(a.raw, from + s.heads * s.tokens * s.dim, tokens);
   }
-  softmax.finish(a.out + at * s.dim, a.lse + at);
+
+  if (parts == 1) {
+    softmax.finish(a.out + at * s.dim, a.lse + at);
+  } else {
+    const int64_t to = (of * found.parts + part) * s.queries + first;
+    softmax.finish(&found.out[to * s.dim], &found.lse[to]);
+  }
 }
 
-// One row and head, and the mass of its pages.
-void attend(const Sizes& s, const Arrays& a, int64_t row, int64_t head) {
-  const int64_t sealed = sealed_pages(s, a, row), raw = raw_pages(s, a, row);
-  const int64_t at = row * s.heads + head;
-  Mass mass;
-  if (s.mass) {
-    mass.weight.resize(sealed * s.queries);
-    mass.top.resize(sealed * s.queries);
-    mass.logit.resize(raw * s.queries * s.tokens, kMasked);
+// The parts of one row and head to one result.
+void merge(const Sizes& s, const Arrays& a, int64_t of, const Found& found) {
+  const int64_t parts = parts_of(s, sealed_pages(s, a, of / s.heads));
+  if (parts == 1) return;
+  for (int64_t i = 0; i < s.queries; i++) {
+    const int64_t to = of * s.queries + i;
+    const auto from = [&](int64_t part) { return (of * found.parts + part) * s.queries + i; };
+    float top = -INFINITY, total = 0;
+    for (int64_t part = 0; part < parts; part++) top = std::max(top, found.lse[from(part)]);
+    float* out = a.out + to * s.dim;
+    std::fill(out, out + s.dim, 0.0f);
+    for (int64_t part = 0; part < parts; part++) {
+      const float lse = found.lse[from(part)];
+      if (lse == -INFINITY) continue;
+      const float weight = std::exp(lse - top);
+      total += weight;
+      for (int64_t c = 0; c < s.dim; c += kLanes)
+        store(out + c,
+              load<Floats>(out + c) + weight * load<Floats>(&found.out[from(part) * s.dim + c]));
+    }
+    a.lse[to] = total == 0 ? -INFINITY : top + std::log(total);
+    for (int64_t c = 0; c < s.dim && total != 0; c++) out[c] /= total;
   }
-  for (int first = 0; first < s.queries; first += kQueries) attend(s, a, row, head, first, mass);
-  if (!s.mass) return;
-  const float* lse = a.lse + at * s.queries;
-  float* of_sealed = a.sealed_mass + at * s.sealed_columns;
-  float* of_raw = a.raw_mass + at * s.raw_columns * s.tokens;
+}
+
+// What pages and raw tokens of one row and head received.
+void count_mass(const Sizes& s, const Arrays& a, int64_t of, const Found& found) {
+  const int64_t row = of / s.heads;
+  const float* lse = a.lse + of * s.queries;
+  float* of_sealed = a.sealed_mass + of * s.sealed_columns;
+  float* of_raw = a.raw_mass + of * s.raw_columns * s.tokens;
   std::fill(of_sealed, of_sealed + s.sealed_columns, 0.0f);
   std::fill(of_raw, of_raw + s.raw_columns * s.tokens, 0.0f);
   for (int64_t i = 0; i < s.queries; i++) {
-    if (lse[i] == -INFINITY) continue;
-    for (int64_t column = 0; column < sealed; column++) {
-      const int64_t of = column * s.queries + i;
-      if (mass.weight[of] > 0) of_sealed[column] += mass.weight[of] * std::exp(mass.top[of] - lse[i]);
+    if (!(lse[i] > -INFINITY)) continue;
+    for (int64_t column = 0; column < sealed_pages(s, a, row); column++) {
+      const int64_t entry = (of * s.sealed_columns + column) * s.queries + i;
+      if (found.weight[entry] > 0)
+        of_sealed[column] += found.weight[entry] * std::exp(found.top[entry] - lse[i]);
     }
-    for (int64_t column = 0; column < raw; column++)
+    for (int64_t column = 0; column < raw_pages(s, a, row); column++)
       for (int64_t t = 0; t < s.tokens; t++) {
-        const float logit = mass.logit[(column * s.queries + i) * s.tokens + t];
+        const int64_t entry = (of * s.raw_columns + column) * s.queries + i;
+        const float logit = found.logit[entry * s.tokens + t];
         if (logit > kMasked) of_raw[column * s.tokens + t] += std::exp(logit - lse[i]);
       }
   }
@@ -374,7 +434,8 @@ ffi::Error Attend(ffi::ThreadPool pool, F32 q, I32 position, I32 layer, I32 wind
   s.window = window.typed_data()[0], s.mass = mass;
 
   const int64_t l = layer.typed_data()[0], of_page = s.heads * (s.tokens * s.dim / 2) * 2;
-  const int64_t of_keys = l * s.pages * s.heads * s.dim, of_values = l * s.pages * s.heads * s.tokens;
+  const int64_t of_keys = l * s.pages * s.heads * s.dim,
+                of_values = l * s.pages * s.heads * s.tokens;
   const int64_t width = s.kind == Kind::kFloat32 ? 4 : 2;
   auto layer_of = [&](ffi::AnyBuffer& x, int64_t pages, int64_t tokens) {
     const int64_t size = pages * 2 * s.heads * tokens * s.dim * width;
@@ -404,7 +465,18 @@ ffi::Error Attend(ffi::ThreadPool pool, F32 q, I32 position, I32 layer, I32 wind
                     lse->typed_data(),
                     sealed_mass->typed_data(),
                     raw_mass->typed_data()};
-  share(pool, s.rows * s.heads, [&](int64_t i) { attend(s, a, i / s.heads, i % s.heads); });
+  Found found(s);
+  share(pool, s.rows * s.heads * found.parts, [&](int64_t i) {
+    const int64_t part = i % found.parts, of = i / found.parts, row = of / s.heads;
+    if (part >= parts_of(s, sealed_pages(s, a, row))) return;
+    for (int first = 0; first < s.queries; first += kQueries)
+      attend(s, a, row, of % s.heads, part, first, found);
+  });
+  if (found.parts > 1 || s.mass)
+    share(pool, s.rows * s.heads, [&](int64_t of) {
+      merge(s, a, of, found);
+      if (s.mass) count_mass(s, a, of, found);
+    });
   return ffi::Error::Success();
 }
 

@@ -29,9 +29,9 @@ def merge(
     lse = lse[..., :n]
     top = jnp.max(lse, axis=2)
     weight = jnp.exp2(lse - top[:, :, None])
-    weight = jnp.where(lse > -1e29, weight, 0.0)
+    weight = jnp.where(lse < -1e29, 0.0, weight)
     total = jnp.sum(weight, axis=2)
-    some = real & (total > 0)
+    some = real & (total != 0)  # NaN is handed on
     total = jnp.where(some, total, 1.0)
     merged = jnp.sum(out[..., :n] * weight[:, :, :, None, :], axis=2) / total[:, :, None]
     merged = jnp.where(some[:, :, None], merged, 0.0)  # [rows, kv_heads, dim, n]
@@ -74,8 +74,9 @@ def received_mass(
         extra = (1,) * (logits.ndim - 4)
         read = groups.read.reshape(rows, 1, count, *extra, 1)
         against = level.reshape(rows, kv_heads, 1, *extra, queries * group)
+        counts = read & (against < jnp.inf)
         weight = jnp.exp2(logits[..., : queries * group] - against)
-        return jnp.sum(jnp.where(read, weight, 0.0), axis=-1)
+        return jnp.sum(jnp.where(counts, weight, 0.0), axis=-1)
 
     return (
         received(shares["page_lse"], listed.past, lists.sealed.shape[1]),

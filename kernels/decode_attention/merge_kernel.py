@@ -102,14 +102,14 @@ def _merge(out, lse, query_lengths, merged, total, plan):  # type: ignore[no-unt
         )
         above = jnp.maximum(top, jnp.max(level, axis=0))
         shrink = jnp.exp2(top - above)
-        weight = jnp.where(level > MASKED / 10, jnp.exp2(level - above[None, :]), 0.0)
+        weight = jnp.where(level < MASKED / 10, 0.0, jnp.exp2(level - above[None, :]))
         sums = sums * shrink[:, None] + jnp.sum(shares * weight[:, :, None], axis=0)
         return above, weights * shrink + jnp.sum(weight, axis=0), sums
 
     nothing = jnp.zeros((plan.columns,), jnp.float32)
     state = (nothing + MASKED, nothing, jnp.zeros((plan.columns, WIDTH), jnp.float32))
     top, weights, sums = lax.fori_loop(0, -(-plan.splits // plan.block), body, state)
-    some = (weights > 0) & (here.query < query_lengths[row])
+    some = (weights != 0) & (here.query < query_lengths[row])
     divisor = jnp.where(some, weights, 1.0)
     mean = jnp.where(some[:, None], sums / divisor[:, None], 0.0).astype(merged.dtype)
     plt.store(here.at(merged, row, channel), mean)

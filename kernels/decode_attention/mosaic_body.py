@@ -109,7 +109,7 @@ def attention_kernel(refs: Refs, plan: Plan) -> None:
     first, pages = share(refs["raw_count"][row])
     top, total, out = _raw_pages(refs, plan, here, state, first, pages)
 
-    some = total > 0
+    some = total != 0  # NaN is handed on
     divisor = jnp.where(some, total, 1.0)
     for side, x in enumerate(out):
         channels = pl.ds(side * plan.half, plan.half)

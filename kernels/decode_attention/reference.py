@@ -83,14 +83,15 @@ def attention_reference(
     top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), -1e30)
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    some = total > 0
+    some = total != 0  # NaN is handed on
     divisor = jnp.where(some, total, 1.0)
     weights = weights / divisor
     out = _einsum("rhqgt,rhtd->rqhgd", weights, values)
     lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)[..., 0].transpose(0, 2, 1, 3)
     mass = None
     if return_mass:
-        received = jnp.sum(weights, axis=(2, 3))  # [rows, heads, all tokens]
+        counted = jnp.where(total > 0, weights, 0.0)
+        received = jnp.sum(counted, axis=(2, 3))  # [rows, heads, all tokens]
         sealed = received[:, :, : max_sealed * page_size].reshape(rows, heads, -1, page_size)
         pad = lists.sealed.shape[1] - max_sealed
         sealed = jnp.pad(jnp.sum(sealed, axis=3), ((0, 0), (0, 0), (0, pad)))

@@ -69,23 +69,23 @@ inline const uint8_t* fine_value(const PageBytes& page, int row, uint8_t* room) 
   return room;
 }
 
-// kLanes bytes of base codes, and of fine codes, to the codes of two channels (or of the two halves
-// of a token's channels): 0..255, the base codes in the upper nibble.
-inline void join(Bytes base, Bytes fine, Bytes& low, Bytes& high) {
-  low = left(base, 4, 0xF0) | (fine & 15);
-  high = (base & 0xF0) | right(fine, 4, 0x0F);
-}
-
-// kLanes bytes of a row of base codes, from byte `at`, and of fine codes where the page has any, to
-// codes as `join` gives them; else to the base codes alone.
-inline void unpack(const uint8_t* base, const FineRow& fine, int at, bool joined, Bytes& low,
-                   Bytes& high) {
-  const Bytes b = load<Bytes>(base + at);
-  if (joined) {
-    Bytes f = {};
-    if (fine.bytes != nullptr) f = left(load<Bytes>(fine.bytes + at), fine.shift, fine.mask);
-    join(b, f, low, high);
-  } else {
-    low = b & 15, high = right(b, 4, 0x0F);
-  }
+// A row of base codes, and of fine codes if `joined`, to the codes of two channels (or of the two
+// halves of a token's channels): 0..255, the base codes in the upper nibble; else to the base codes
+// alone. `count`: a multiple of kLanes.
+inline void separate(const uint8_t* base, const FineRow& fine, bool joined, int count, uint8_t* low,
+                     uint8_t* high) {
+  auto some = [&]<typename Vector>(int at, Vector f) {
+    const Vector b = load<Vector>(base + at);
+    if (joined) {
+      if (fine.bytes != nullptr) f = left(load<Vector>(fine.bytes + at), fine.shift, fine.mask);
+      store(low + at, left(b, 4, 0xF0) | (f & 15));
+      store(high + at, (b & 0xF0) | right(f, 4, 0x0F));
+    } else {
+      store(low + at, b & 15);
+      store(high + at, right(b, 4, 0x0F));
+    }
+  };
+  int at = 0;
+  for (; at + kWideBytes <= count; at += kWideBytes) some(at, WideBytes{});
+  for (; at < count; at += kLanes) some(at, Bytes{});
 }

@@ -20,7 +20,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-typedef uint16_t BytePairs __attribute__((vector_size(kLanes)));
+constexpr int kWideBytes = 4 * kLanes;
+typedef uint8_t WideBytes __attribute__((vector_size(kWideBytes)));
 
 template <typename Vector>
 inline Vector load(const void* from) {
@@ -36,9 +37,7 @@ inline void store(void* to, Vector x) {
 
 inline Floats all(float x) { return x - Floats{}; }
 
-inline Floats choose(Ints where, Floats yes, Floats no) {
-  return where ? yes : no;
-}
+inline Floats choose(Ints where, Floats yes, Floats no) { return where ? yes : no; }
 
 // a * b + c, rounded once where the processor can.
 inline Floats fused(Floats a, Floats b, Floats c) {
@@ -89,15 +88,22 @@ inline Floats floor(Floats x) {
 }
 
 // Shifts of bytes, two at a time: processors have none of single ones.
-inline Bytes left(Bytes x, int bits, uint8_t mask) { return (Bytes)((BytePairs)x << bits) & mask; }
-inline Bytes right(Bytes x, int bits, uint8_t mask) { return (Bytes)((BytePairs)x >> bits) & mask; }
+template <typename Vector>
+inline Vector left(Vector x, int bits, uint8_t mask) {
+  typedef uint16_t Pairs __attribute__((vector_size(sizeof(Vector))));
+  return (Vector)((Pairs)x << bits) & mask;
+}
+
+template <typename Vector>
+inline Vector right(Vector x, int bits, uint8_t mask) {
+  typedef uint16_t Pairs __attribute__((vector_size(sizeof(Vector))));
+  return (Vector)((Pairs)x >> bits) & mask;
+}
 
 // The kinds of numbers that raw pages and scales have.
 enum class Kind : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
-inline Floats from_bfloat16(Shorts x) {
-  return (Floats)(__builtin_convertvector(x, Words) << 16);
-}
+inline Floats from_bfloat16(Shorts x) { return (Floats)(__builtin_convertvector(x, Words) << 16); }
 
 // In integers where it matters: threads of XLA take subnormal floats for zero.
 inline Floats from_float16(Shorts x) {
@@ -155,6 +161,19 @@ inline void write(void* to, int64_t at, Floats x) {
   }
 }
 
+// As `write`, 2 * kLanes numbers.
+template <Kind kind>
+inline void write_two(void* to, int64_t at, Floats x, Floats y) {
+#if defined(KV_WIDE) && defined(__AVX512BF16__)
+  if constexpr (kind == Kind::kBFloat16) {
+    store(static_cast<uint16_t*>(to) + at, _mm512_cvtne2ps_pbh(y, x));
+    return;
+  }
+#endif
+  write<kind>(to, at, x);
+  write<kind>(to, at + kLanes, y);
+}
+
 // The first halves of a and b, element by element in turn, and the second halves; bytes or floats.
 template <typename Vector>
 inline Vector interleave_first(Vector a, Vector b) {
@@ -194,10 +213,10 @@ inline void transpose(Vector* x) {
 // Sums of neighbours: those of a, then those of b.
 inline Floats add_pairs(Floats a, Floats b) {
 #if defined(KV_WIDE)
-  const Floats even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24,
-                                              26, 28, 30);
-  const Floats odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25,
-                                             27, 29, 31);
+  const Floats even =
+      __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Floats odd =
+      __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #else
   const Floats even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
   const Floats odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
@@ -222,8 +241,8 @@ inline Floats swap_neighbours(Floats x) {
 #endif
 }
 
-// Element i: the sum of x[i]'s elements, and again from element `count` on. `count`: a power of two,
-// at most kLanes. Recursive, so that all of it stays in registers.
+// Element i: the sum of x[i]'s elements, and again from element `count` on. `count`: a power of
+// two, at most kLanes. Recursive, so that all of it stays in registers.
 template <int count, int width = kLanes>
 inline Floats sums(const Floats* x) {
   if constexpr (width == 1) {

@@ -9,36 +9,48 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+constexpr int kSlots = kLanes;  // at a time
 
-// A value is (code * unit + zero) * step, and of a refined slot half a step less, which is counted
-// to the zero: exact, as a float16 has no bit below 2**-24. Nor does the product round, so that it is
-// all one whether it is fused with the sum.
-float unit_of(const uint8_t* fine) { return fine == nullptr ? 1.0f : 0.0625f; }
+// A number is (code * unit + zero) * step. Of a refined slot it is half a step less, which is
+// counted to the zero: exact, as a float16 has no bit below 2**-24. Nor does the product round, so
+// that it is all one whether it is fused with the sum.
+struct Scale {
+  Floats unit, step, zero;
+
+  Scale refined() const { return {unit, step, zero - 0.5f}; }
+  Floats operator()(const uint8_t* codes) const {
+    return fused(to_floats(load<Bytes>(codes)), unit, zero) * step;
+  }
+};
+
+// Of kLanes channels, or slots.
+Scale scale_at(const uint16_t* step, const uint16_t* zero, const uint8_t* fine) {
+  return {all(fine == nullptr ? 1.0f : 0.0625f), from_bfloat16(load<Shorts>(step)),
+          from_float16(load<Shorts>(zero))};
+}
 
 template <Kind kind>
 void open_keys(const PageBytes& page, const uint16_t* step, const uint16_t* zero, void* out,
                int64_t at) {
   const int half = page.half, dim = 2 * half;
-  const float unit = unit_of(page.key_fine);
-  float steps[kMostNumbers], zeros[2][kMostNumbers];  // of plain and of refined slots
-  for (int c = 0; c < dim; c += kLanes) {
-    const Floats x = from_float16(load<Shorts>(zero + c));
-    store(steps + c, from_bfloat16(load<Shorts>(step + c)));
-    store(zeros[0] + c, x);
-    store(zeros[1] + c, x - 0.5f);
-  }
-  for (int t = 0; t < page.tokens; t++) {
-    const FineRow fine = fine_key(page, t);
-    const float* of_slot = zeros[t < page.refined()];
-    for (int c = 0; c < half; c += kLanes) {
-      Bytes codes[2];
-      unpack(page.key_base + int64_t{t} * half, fine, c, page.key_fine != nullptr, codes[0],
-             codes[1]);
-      for (int i = 0; i < 2; i++) {
-        const int channel = c + i * half;
-        const Floats position = to_floats(codes[i]) * unit + load<Floats>(of_slot + channel);
-        write<kind>(out, at + int64_t{t} * dim + channel, position * load<Floats>(steps + channel));
-      }
+  Scale scales[kMostNumbers / kLanes];
+  for (int c = 0; c < dim; c += kLanes)
+    scales[c / kLanes] = scale_at(step + c, zero + c, page.key_fine);
+  alignas(64) uint8_t codes[kSlots][kMostNumbers];
+  for (int t = 0; t < page.tokens; t += kSlots) {
+    for (int i = 0; i < kSlots; i++)
+      separate(page.key_base + int64_t{t + i} * half, fine_key(page, t + i),
+               page.key_fine != nullptr, half, codes[i], codes[i] + half);
+    const int refined = std::clamp(page.refined() - t, 0, kSlots);
+    for (int c = 0; c < dim; c += 2 * kLanes) {
+      auto rows = [&](int first, int last, Scale one, Scale two) {
+        for (int i = first; i < last; i++)
+          write_two<kind>(out, at + int64_t{t + i} * dim + c, one(codes[i] + c),
+                          two(codes[i] + c + kLanes));
+      };
+      const Scale &one = scales[c / kLanes], &two = scales[c / kLanes + 1];
+      rows(0, refined, one.refined(), two.refined());
+      rows(refined, kSlots, one, two);
     }
   }
 }
@@ -46,33 +58,30 @@ void open_keys(const PageBytes& page, const uint16_t* step, const uint16_t* zero
 template <Kind kind>
 void open_values(const PageBytes& page, const uint16_t* step, const uint16_t* zero, void* out,
                  int64_t at) {
-  const int half = page.half, tokens = page.tokens;
+  const int half = page.half, dim = 2 * half, tokens = page.tokens;
   const bool joined = page.value_fine != nullptr;
-  const float unit = unit_of(page.value_fine);
-  float steps[kMostNumbers], zeros[kMostNumbers];
-  for (int t = 0; t < tokens; t += kLanes) {
-    store(steps + t, from_bfloat16(load<Shorts>(step + t)));
-    store(zeros + t, from_float16(load<Shorts>(zero + t)));
+  alignas(64) uint8_t rows[kMostNumbers * kMostNumbers];  // [dim, tokens]
+  for (int c = 0; c < half; c++) {
+    uint8_t room[kMostNumbers];
+    const FineRow fine = {joined ? fine_value(page, c, room) : nullptr, 0, 0xFF};
+    separate(page.value_base + int64_t{c} * tokens, fine, joined, tokens, rows + c * tokens,
+             rows + (half + c) * tokens);
   }
-  for (int t = 0; t < page.refined(); t++) zeros[t] -= 0.5f;
-  uint8_t room[kMostNumbers / 2][kMostNumbers];
-  FineRow fine[kMostNumbers / 2];
-  for (int c = 0; c < half; c++)
-    fine[c] = {joined ? fine_value(page, c, room[c]) : nullptr, 0, 0xFF};
-  for (int t = 0; t < tokens; t += kLanes) {
-    for (int c = 0; c < half; c += kLanes) {
-      Bytes codes[2][kLanes];
-      for (int i = 0; i < kLanes; i++)
-        unpack(page.value_base + int64_t{c + i} * tokens, fine[c + i], t, joined, codes[0][i],
-               codes[1][i]);
-      for (int i = 0; i < 2; i++) {
-        transpose(codes[i]);
-        for (int j = 0; j < kLanes; j++) {
-          const int slot = t + j;
-          const Floats position = to_floats(codes[i][j]) * unit + zeros[slot];
-          write<kind>(out, at + int64_t{slot} * 2 * half + c + i * half, position * steps[slot]);
-        }
-      }
+  alignas(64) uint8_t codes[kSlots][kMostNumbers];
+  for (int t = 0; t < tokens; t += kSlots) {
+    for (int c = 0; c < dim; c += kLanes) {
+      Bytes x[kLanes];
+      for (int i = 0; i < kLanes; i++) x[i] = load<Bytes>(rows + (c + i) * tokens + t);
+      transpose(x);
+      for (int i = 0; i < kLanes; i++) store(codes[i] + c, x[i]);
+    }
+    const Scale of_slots = scale_at(step + t, zero + t, page.value_fine);
+    for (int i = 0; i < kSlots; i++) {
+      const Scale plain = {of_slots.unit, all(of_slots.step[i]), all(of_slots.zero[i])};
+      const Scale value = t + i < page.refined() ? plain.refined() : plain;
+      for (int c = 0; c < dim; c += 2 * kLanes)
+        write_two<kind>(out, at + int64_t{t + i} * dim + c, value(codes[i] + c),
+                        value(codes[i] + c + kLanes));
     }
   }
 }
@@ -97,13 +106,13 @@ ffi::Error Open(ffi::ThreadPool pool, I32 layer, I32 ids, I32 chunks, U8 base, U
       return;
     }
     const int64_t chunk = fine_rows ? chunks.typed_data()[entry] : -1;
-    const PageBytes page = page_bytes(of_layer, chunk_bytes, id, chunk, head, heads, half,
-                                      tokens, fine_rows, fine_bits);
+    const PageBytes page = page_bytes(of_layer, chunk_bytes, id, chunk, head, heads, half, tokens,
+                                      fine_rows, fine_bits);
     const int64_t scale = (l * pages + id) * heads + head;
     open_keys<of>(page, bits(key_step) + scale * dim, bits(key_zero) + scale * dim,
                   keys->untyped_data(), at);
-    open_values<of>(page, bits(value_step) + scale * tokens,
-                    bits(value_zero) + scale * tokens, values->untyped_data(), at);
+    open_values<of>(page, bits(value_step) + scale * tokens, bits(value_zero) + scale * tokens,
+                    values->untyped_data(), at);
   };
   const int64_t count = ids.element_count() * heads;
   switch (static_cast<Kind>(kind)) {

@@ -64,8 +64,8 @@ struct Cells {
       : count(count), shift(floor(count * 0.5f)), width(16.0f / count), most(256.0f - width) {}
 };
 
-// Codes 0..255 as floats; see `kernels.embedded.encode`. XLA, too, multiplies by the inverse of what
-// many numbers are divided by.
+// Codes 0..255 as floats; see `kernels.embedded.encode`. XLA, too, multiplies by the inverse of
+// what many numbers are divided by.
 inline Floats encode(Floats x, Floats inverse, Floats zero, const Cells& cells) {
   const Floats position = fused(x, inverse, -zero);
   // Far beyond the ends is clipped all the same, and no number for an integer.
@@ -95,9 +95,12 @@ void put_key(const Page& page, int slot, int c, Bytes low, Bytes high) {
   if (slot >= page.to.refined()) return;
   const Bytes fine = fine_of(low, high);
   uint8_t* to = page.to.key_fine + int64_t{slot % page.to.fine_rows} * half + c;
-  if (page.to.fine_bits == 4) store(to, fine);
-  else if (slot < page.to.fine_rows) store(to, right(fine, 2, 0x33));
-  else store(to, load<Bytes>(to) | fine);
+  if (page.to.fine_bits == 4)
+    store(to, fine);
+  else if (slot < page.to.fine_rows)
+    store(to, right(fine, 2, 0x33));
+  else
+    store(to, load<Bytes>(to) | fine);
 }
 
 void code_keys(const Page& page, const int* token, const Scale& scale) {
@@ -109,9 +112,9 @@ void code_keys(const Page& page, const int* token, const Scale& scale) {
       Bytes codes[2];
       for (int i = 0; i < 2; i++) {
         const int at = c + i * half;
-        codes[i] = to_bytes(encode(read(page.raw, page.kind, from + at),
-                                   load<Floats>(scale.inverse + at),
-                                   load<Floats>(scale.zero + at), cells));
+        codes[i] =
+            to_bytes(encode(read(page.raw, page.kind, from + at), load<Floats>(scale.inverse + at),
+                            load<Floats>(scale.zero + at), cells));
       }
       put_key(page, slot, c, codes[0], codes[1]);
     }
@@ -156,7 +159,8 @@ void code_keys_fed(const Page& page, const int* token, const Scale& scale) {
     for (int c = 0; c < half; c += kLanes) {
       transpose(codes + c);
       transpose(codes + half + c);
-      for (int i = 0; i < kLanes; i++) put_key(page, slot + i, c, codes[c + i], codes[half + c + i]);
+      for (int i = 0; i < kLanes; i++)
+        put_key(page, slot + i, c, codes[c + i], codes[half + c + i]);
     }
   }
 }
@@ -188,8 +192,10 @@ void code_values(const Page& page, const int* token, const Scale& scale) {
       if (page.to.value_fine == nullptr) continue;
       const int rows = page.to.fine_rows;
       uint8_t* to = page.to.value_fine + int64_t{c + i} * rows;
-      if (page.to.fine_bits == 4) std::memcpy(to, room, rows);
-      else for (int j = 0; j < rows; j++) to[j] = (room[j] >> 2) | room[rows + j];
+      if (page.to.fine_bits == 4)
+        std::memcpy(to, room, rows);
+      else
+        for (int j = 0; j < rows; j++) to[j] = (room[j] >> 2) | room[rows + j];
     }
   }
 }
@@ -207,8 +213,10 @@ void seal(const Page& page) {
     }
     fit(lo, hi, c, scale, page.key_step, page.key_zero);
   }
-  if (page.carry == nullptr) code_keys(page, token, scale);
-  else code_keys_fed(page, token, scale);
+  if (page.carry == nullptr)
+    code_keys(page, token, scale);
+  else
+    code_keys_fed(page, token, scale);
   for (int slot = 0; slot < tokens; slot += kLanes) {
     Floats lo[kLanes], hi[kLanes];
     for (int i = 0; i < kLanes; i++) {
@@ -279,24 +287,14 @@ ffi::Error Seal(ffi::ThreadPool pool, ffi::AnyBuffer raw, I32 source, I32 target
     const int64_t at = (layer * pages + id) * heads + head;
     const int64_t entry = (i * layers + layer) * heads + head;
     const float* fed = rank ? feedback.typed_data() + entry * 2 * rank * dim : nullptr;
-    seal({raw.untyped_data(),
-          start(i, layer, head, 0),
-          start(i, layer, head, 1),
-          of,
-          static_cast<int>(dim),
-          exact.typed_data()[i],
-          worth.element_count() ? worth.typed_data() + entry * tokens : nullptr,
-          fed,
-          rank ? fed + rank * dim : nullptr,
-          static_cast<int>(rank),
-          pairs,
+    seal({raw.untyped_data(), start(i, layer, head, 0), start(i, layer, head, 1), of,
+          static_cast<int>(dim), exact.typed_data()[i],
+          worth.element_count() ? worth.typed_data() + entry * tokens : nullptr, fed,
+          rank ? fed + rank * dim : nullptr, static_cast<int>(rank), pairs,
           page_bytes(base->typed_data(), fine->typed_data(), layer * pages + id, chunk, head, heads,
                      half, tokens, fine_rows, fine_bits),
-          bits(*key_step) + at * dim,
-          bits(*key_zero) + at * dim,
-          bits(*value_step) + at * tokens,
-          bits(*value_zero) + at * tokens,
-          order->typed_data() + at * tokens});
+          bits(*key_step) + at * dim, bits(*key_zero) + at * dim, bits(*value_step) + at * tokens,
+          bits(*value_zero) + at * tokens, order->typed_data() + at * tokens});
   });
   return ffi::Error::Success();
 }

@@ -89,7 +89,8 @@ def attend(
         device), or None: the first of them that can do it here. A name never falls back to another.
 
     Returns:
-      out: q's shape and dtype; zeros for queries that are not real.
+      out: q's shape and dtype; zeros for queries that are not real. NaN that a query sees is in
+        its result, and what it gives to tokens is not counted.
       lse: f32[sequences, queries, heads], natural log of the sum of exponentials; -inf for
         queries that are not real.
       mass: `AttentionMass`, or None.

@@ -160,16 +160,18 @@ def attend_xla(
         recorded=(rows, heads, n, page_size),
     )
 
-    some = real & (state.total > 0)
+    some = real & (state.total != 0)  # NaN is handed on
     total = jnp.where(some, state.total, 1.0)
     lse = jnp.where(some, state.top + jnp.log(total), -jnp.inf)
     out = jnp.where(some[..., None], state.out / total[..., None], 0.0)
 
     mass = None
     if return_mass:
-        against = jnp.where(some, lse, jnp.inf)
-        sealed_mass = jnp.exp(page_lse - against[..., None])  # [rows, heads, n, pages]
-        raw_mass = jnp.exp(token_logits - against[..., None, None])
+        counts = real & (state.total > 0)
+        sealed_mass = jnp.exp(page_lse - lse[..., None])  # [rows, heads, n, pages]
+        sealed_mass = jnp.where(counts[..., None], sealed_mass, 0.0)
+        raw_mass = jnp.exp(token_logits - lse[..., None, None])
+        raw_mass = jnp.where(counts[..., None, None], raw_mass, 0.0)
         mass = _sum(cache.split, sealed_mass, 2), _sum(cache.split, raw_mass, 2)
     return untile_queries(out, queries).astype(q.dtype), untile_queries(lse, queries), mass
 

@@ -20,7 +20,7 @@ from kvcompress_jax.paged import attend
 from kvcompress_jax.paged.attention import AttentionMass
 from kvcompress_jax.paged.attention_kernels import kernel_inputs
 from tests.paged.batch import make_batch
-from tests.paged.test_attention import judge
+from tests.paged.test_attention import check_nan, judge
 
 # Weights and folded queries are rounded to float16 (2**-11 each, of logits up to 16 here), raw ones
 # and the output to the cache's dtype.
@@ -102,6 +102,11 @@ SLOW = ("all-refined", "one-head", "sixteen-heads")
 )
 def test_kernel_and_reference(case):
     check_kernels(case, (INTERPRETED, attention_reference), pages=9)
+
+
+@pytest.mark.parametrize("kernel", [INTERPRETED, attention_reference], ids=["triton", "reference"])
+def test_nan_is_handed_on(kernel):
+    check_nan(lambda batch, q: run(batch, q, [2, 2], 0.1, kernel=kernel))
 
 
 def test_what_the_kernels_refuse():

@@ -12,8 +12,9 @@ from kvcompress_jax.kernels.decode_attention import decode_attention, mosaic
 from kvcompress_jax.kernels.decode_attention.mosaic import attention_mosaic
 from kvcompress_jax.paged import attend
 from kvcompress_jax.paged.attention_kernels import kernel_inputs
-from tests.kernels.test_attention import check_kernels
+from tests.kernels.test_attention import check_kernels, run
 from tests.paged.batch import make_batch
+from tests.paged.test_attention import check_nan
 
 # page size, dim, group, queries, dtype, ratio of refined tokens, options
 CASES = {
@@ -37,6 +38,13 @@ needs_mosaic = pytest.mark.skipif(
 def test_kernel(case):
     interpreted = functools.partial(attention_mosaic, programs=8, interpret=True)
     check_kernels(case, (interpreted,), pages=5)
+
+
+@needs_mosaic
+def test_nan_is_handed_on():
+    kernel = functools.partial(attention_mosaic, programs=8, interpret=True)
+    config = CompressionConfig(page_size=64, window_tokens=64)
+    check_nan(lambda batch, q: run(batch, q, [2, 2], 0.1, kernel=kernel), config, head_dim=128)
 
 
 def test_what_it_refuses(monkeypatch):

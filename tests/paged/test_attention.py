@@ -199,6 +199,68 @@ def test_pages_of_any_level(options):
     assert judge(dataclasses.replace(batch, cache=flat), q, result, **judged) > 10 * TOLERANCE
 
 
+def check_nan(attention, config=CONFIG, head_dim=64):
+    """Judges `attention(batch, q)`, giving out, lse and mass of layer 1: NaN in a key is in the
+    results of those who see it, of nobody else, and in nobody's mass."""
+    batch = make_batch(config, [40, 200], head_dim=head_dim, dtype="bfloat16")
+    group, table = 2, batch.table()
+    q = jax.random.normal(jax.random.key(5), (2, 2, 2 * group, head_dim)).astype(jnp.bfloat16)
+    last = int(table.length[1]) - 1
+    page = int(table.raw[1, int(table.raw_count[1]) - 1])
+    raw = batch.cache.raw.at[1, page, 0, 0, last % config.page_size].set(jnp.nan)
+    cache = dataclasses.replace(batch.cache, raw=raw)
+    before, after = (
+        jax.tree.map(lambda x: np.asarray(x, np.float32), attention(b, q))
+        for b in (batch, dataclasses.replace(batch, cache=cache))
+    )
+    sees = np.zeros(before[1].shape, bool)
+    sees[1, 1, :group] = True  # the last query, of the first KV head
+    for i in (0, 1):
+        assert np.isnan(after[i][sees]).all() and not np.isnan(before[i]).any()
+        assert np.array_equal(after[i][~sees], before[i][~sees])
+    for a, b in zip(*(jax.tree.leaves(x[2]) for x in (after, before)), strict=True):
+        assert np.isfinite(a).all() and np.array_equal(a[0], b[0])
+        assert np.array_equal(a[1, 1], b[1, 1]) and not np.array_equal(a[1, 0], b[1, 0])
+
+
+@both
+def test_nan_is_handed_on():
+    options = {"return_mass": True, "implementation": IMPLEMENTATION}
+    check_nan(lambda batch, q: _attend(q, batch.cache, 1, batch.table(), **options))
+
+
+@both
+@pytest.mark.parametrize("length", [2500, pytest.param(9000, marks=pytest.mark.slow)])
+def test_long_sequences(length):
+    batch = make_batch(dataclasses.replace(CONFIG, ratio=0.25), [length, 30, 700])
+    ones, window = [1, 1, 1], length - 700
+    q, result, scale = run(batch, queries=1, query_lengths=ones, window=window)
+    judged = {"layer": 1, "query_lengths": ones, "scale": scale}
+    assert judge(batch, q, result, **judged, window=window) <= TOLERANCE
+    assert judge(batch, q, result, **judged, window=window - 100) > 10 * TOLERANCE
+
+
+def test_a_sequence_has_the_same_bits_alone():
+    """Of the kernel in C++, in parts as well: with a table as wide as it needs."""
+    batch = make_batch(CONFIG, [30, 2500, 700])
+    table = batch.table()
+    q = jax.random.normal(jax.random.key(3), (3, 1, 4, 64))
+    options = {"return_mass": True, "implementation": "cpu"}
+    together = _attend(q, batch.cache, 1, table, **options)
+    for row in range(3):
+        count = max(int(table.sealed_count[row]), 1)
+        alone = jax.tree.map(lambda x, row=row: x[row : row + 1], table)
+        sealed, index = alone.sealed[:, :count], alone.sealed_index[:, :count]
+        alone = dataclasses.replace(alone, sealed=sealed, sealed_index=index)
+        out, lse, mass = _attend(q[row : row + 1], batch.cache, 1, alone, **options)
+        assert np.array_equal(out, together[0][row : row + 1])
+        assert np.array_equal(lse, together[1][row : row + 1])
+        assert np.array_equal(mass.sealed, together[2].sealed[row : row + 1, :, :count])
+        assert np.array_equal(mass.raw, together[2].raw[row : row + 1])
+    other = _attend(q[::-1], batch.cache, 1, table, **options)
+    assert not np.array_equal(other[0][1], together[0][2])
+
+
 def test_order_of_pages_does_not_matter():
     batch = make_batch(CONFIG, [200])
     table = batch.table()
