@@ -9,21 +9,23 @@ which calibrates first, and then runs
 Three rounds: codes of a few bits at about 8.5, 6.5, 4.5, 3.5 and 2.5 bits; the same at 4.5 bits on
 a copy of the model with outlier key channels; eviction. A method takes about ten CPU seconds for
 each text and rate, and as much again for retrieval. What was measured is written after every one,
-so that an interrupted run leaves a leaderboard of what it got to.
+so that an interrupted run leaves a leaderboard of what it got to; `--resume` goes on from there, or
+adds a method that is new.
 """
 
 import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from kvcompress_jax.lab.compare import UNCOMPRESSED_NAME, Comparison, Setting, compare
+from kvcompress_jax.lab.compare import UNCOMPRESSED_NAME, Comparison, Setting, compare, variants
 from kvcompress_jax.lab.comparison_plots import plot_accuracy_against_bits
-from kvcompress_jax.lab.leaderboard import as_json, as_markdown
+from kvcompress_jax.lab.leaderboard import as_json, as_markdown, from_json
+from kvcompress_jax.lab.methods.base import UNCOMPRESSED
 from kvcompress_jax.lab.methods.registry import ALL
 from kvcompress_jax.lab.outliers import with_outlier_keys
 from kvcompress_jax.lab.output import check_writable, replacing, write_json
@@ -60,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS")
     parser.add_argument("--continuation", type=int, default=256, metavar="TOKENS")
     parser.add_argument("--facts", type=int, default=16)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what leaderboard.json in DIR already has"
+    )
     args = parser.parse_args(argv)
     files = [args.out / f"leaderboard.{kind}" for kind in ("md", "json", "png")]
     for file in files:
@@ -73,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = {path.stem: load_text(path) for path in args.files}
     words = sys.argv[1:] if argv is None else argv
     # As typed, but for folders: where the texts lie is nobody's business.
-    words = [Path(w).name if Path(w).is_absolute() else w for w in words]
+    words = [Path(w).name if Path(w).is_absolute() else w for w in words if w != "--resume"]
     command = shlex.join(["python", "benchmarks/leaderboard.py", *words])
-    found = Comparison((), ())
+    before = from_json(files[1], setting, texts) if args.resume else Comparison((), ())
     with stages(Console()) as progress:
         model = load_model(args.model)
         codes, evictions = tuple(args.codes), tuple(args.evictions)
@@ -84,36 +89,51 @@ def main(argv: Sequence[str] | None = None) -> None:
             "outliers": (with_outlier_keys(model), codes, OUTLIER_RATES, args.outlier_profile),
             "evictions": (model, evictions, setting.bits, []),
         }
-        for subject, methods, rates, profiles in (rounds[name] for name in args.rounds):
+        todo = [
+            (subject, methods, dataclasses.replace(setting, bits=rates, profiles=tuple(profiles)))
+            for subject, methods, rates, profiles in (rounds[name] for name in args.rounds)
+        ]
+        current = {
+            (subject.name, name, repr(method))
+            for subject, methods, at in todo
+            for name, _, method in [
+                (UNCOMPRESSED_NAME, (), UNCOMPRESSED),
+                *variants(methods, at, subject),
+            ]
+        }
+        kept = [r for r in before.results if (r.model, r.method, r.settings) in current]
+        found = Comparison(tuple(kept), ())
+        for subject, methods, at in todo:
             if not methods:
                 continue
-            at = dataclasses.replace(setting, bits=rates, profiles=tuple(profiles))
 
             def write(more: Comparison, before: Comparison = found) -> None:
-                _write(files, _merge(before, more), setting, command)
+                _write(files, _and(before, more), setting, command, texts)
 
-            more = compare([subject], texts, methods, at, progress=progress, measured=write)
-            found = _merge(found, more)
-
-
-def _merge(found: Comparison, more: Comparison) -> Comparison:
-    """Both; the uncompressed model is measured in every round and counts once."""
-    known = {(r.model, r.text, r.method) for r in found.results}
-    new = [
-        r
-        for r in more.results
-        if r.method != UNCOMPRESSED_NAME or (r.model, r.text, r.method) not in known
-    ]
-    return Comparison((*found.results, *new), ())
+            more = compare(
+                [subject], texts, methods, at, known=found, progress=progress, measured=write
+            )
+            found = _and(found, more)
+        _write(files, found, setting, command, texts)
 
 
-def _write(files: list[Path], found: Comparison, setting: Setting, command: str) -> None:
+def _and(found: Comparison, more: Comparison) -> Comparison:
+    return Comparison((*found.results, *more.results), ())
+
+
+def _write(
+    files: list[Path],
+    found: Comparison,
+    setting: Setting,
+    command: str,
+    texts: Mapping[str, str],
+) -> None:
     table, numbers, plot = files
     text = as_markdown(found, setting, command=command)
     text += f"\n![Fidelity against bits]({plot.name})\n"
     with replacing(table) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    write_json(numbers, as_json(found, setting, command=command))
+    write_json(numbers, as_json(found, setting, command=command, texts=texts))
     plot_accuracy_against_bits(plot, found)
 
 

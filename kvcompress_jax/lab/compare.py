@@ -96,6 +96,7 @@ def compare(
     methods: Sequence[str],
     setting: Setting,
     *,
+    known: Comparison = Comparison((), ()),
     progress: Progress = lambda stage, share: None,
     measured: Callable[[Comparison], None] = lambda found: None,
 ) -> Comparison:
@@ -107,6 +108,7 @@ def compare(
       methods: names of `METHODS`. One that has no variant at a rate is left out there, and one
         that has the same variant at several is measured once, for the rate closest to its bits.
       setting: sizes and rates.
+      known: measured before, with these sizes and on these texts: not measured again, nor returned.
       progress: is told the stage and the share of it that is done.
       measured: is given all there is after every variant of a method.
 
@@ -116,7 +118,14 @@ def compare(
     results: list[Result] = []
     recalled: list[Recalled] = []
     for model in models:
-        variants = _variants(methods, setting, model)
+        done = {(r.text, r.method, r.settings) for r in known.results if r.model == model.name}
+        missing = [
+            (name, rates, method)
+            for name, rates, method in variants(methods, setting, model)
+            if any((text, name, repr(method)) not in done for text in texts)
+        ]
+        if not missing:
+            continue
         benches = {}
         for name, text in texts.items():
             progress(f"{model.name}: {name}", 0.0)
@@ -142,9 +151,12 @@ def compare(
                 fidelity=bench.uncompressed,
             )
             for name, bench in benches.items()
+            if (name, UNCOMPRESSED_NAME, repr(UNCOMPRESSED)) not in done
         ]
-        for i, (method_name, rates, method) in enumerate(variants):
+        for i, (method_name, rates, method) in enumerate(missing):
             for name, bench in benches.items():
+                if (name, method_name, repr(method)) in done:
+                    continue
                 fidelity = bench.measure(method)
                 results.append(
                     Result(
@@ -156,19 +168,19 @@ def compare(
                         fidelity=fidelity,
                     )
                 )
-            progress(f"{model.name}: methods", (i + 1) / len(variants))
+            progress(f"{model.name}: methods", (i + 1) / len(missing))
             measured(Comparison(tuple(results), tuple(recalled)))
         if setting.heat_bits is not None:
             chosen: list[tuple[str, Method]] = [(UNCOMPRESSED_NAME, UNCOMPRESSED)]
-            chosen += [(n, m) for n, rates, m in variants if setting.heat_bits in rates]
+            chosen += [(n, m) for n, rates, m in missing if setting.heat_bits in rates]
             recalled += _heat(model, texts, chosen, setting, progress)
     return Comparison(tuple(results), tuple(recalled))
 
 
-def _variants(
+def variants(
     methods: Sequence[str], setting: Setting, model: Model
 ) -> list[tuple[str, tuple[float, ...], Method]]:
-    """Every method's variants, and the rates that each was offered for."""
+    """Every method's variants by name, and the rates that each was offered for."""
     profiles = tuple((str(p), read_origin(p)) for p in setting.profiles)
     own = tuple((path, o.bits) for path, o in profiles if o.fingerprint == model.fingerprint)
     found: dict[tuple[str, Method], tuple[float, ...]] = {}

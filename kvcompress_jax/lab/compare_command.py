@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     console.print(Markdown(text))
     with replacing(table) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    write_json(numbers, as_json(found, setting, command=command))
+    write_json(numbers, as_json(found, setting, command=command, texts=texts))
     plot_accuracy_against_bits(plot, found)
     if found.recalled:
         title = f"Facts recalled at about {heat:g} bits"

@@ -1,17 +1,33 @@
 """Results of a comparison as Markdown and as JSON."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from kvcompress_jax.lab.compare import UNCOMPRESSED_NAME, Comparison, Result, Setting
+from kvcompress_jax.lab.bench import Fidelity
+from kvcompress_jax.lab.compare import (
+    UNCOMPRESSED_NAME,
+    Comparison,
+    Recalled,
+    Result,
+    Setting,
+)
 
 OURS = ("calibrated", "embedded", "recipe-")  # how the names of our own methods begin
 CONTROLS = ("random-selection", "importance-")  # other choices of tokens, on neither side
+SIZES = ("context", "continuation", "sinks", "window", "facts", "kv_dtype")
 TIE = 1.5  # KL on a text of this length is not more certain than by such a factor
+
+
+class OtherLeaderboardError(ValueError):
+    """Measurements that those of now cannot stand beside."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +168,10 @@ def _line(row: Row, texts: Sequence[str]) -> str:
     )
 
 
-def as_json(comparison: Comparison, setting: Setting, *, command: str) -> dict[str, object]:
-    """Every measurement."""
+def as_json(
+    comparison: Comparison, setting: Setting, *, command: str, texts: Mapping[str, str]
+) -> dict[str, object]:
+    """Every measurement, and what it was made of: texts by their SHA-256."""
     settings = dataclasses.asdict(setting)
     settings["profiles"] = [str(path) for path in setting.profiles]
     return {
@@ -161,6 +179,51 @@ def as_json(comparison: Comparison, setting: Setting, *, command: str) -> dict[s
         "jax": jax.__version__,
         "backend": jax.default_backend(),
         "setting": settings,
+        "texts": _digests(texts),
         "results": [dataclasses.asdict(r) for r in comparison.results],
         "recalled": [dataclasses.asdict(r) for r in comparison.recalled],
     }
+
+
+def from_json(path: Path, setting: Setting, texts: Mapping[str, str]) -> Comparison:
+    """What `as_json` wrote to a file.
+
+    Args:
+      path: of the file.
+      setting: of now: the sizes have to be the same, rates and profiles need not.
+      texts: of now, by name.
+
+    Raises:
+      OtherLeaderboardError: the file cannot be read, or is of other sizes or texts.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        before = [{name: found["setting"][name] for name in SIZES}, found["texts"]]
+        comparison = Comparison(
+            tuple(_result(x) for x in found["results"]),
+            tuple(_recalled(x) for x in found["recalled"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise OtherLeaderboardError(f"{path}: expected a leaderboard in JSON, got: {e!r}") from e
+    now = [{name: getattr(setting, name) for name in SIZES}, _digests(texts)]
+    for what, a, b in zip(("sizes", "texts"), now, before, strict=True):
+        if a != b:
+            raise OtherLeaderboardError(f"{path}: {what}: expected {a}, got {b}")
+    return comparison
+
+
+def _digests(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+
+def _result(x: dict[str, Any]) -> Result:
+    fidelity: dict[str, Any] = {k: math.nan if v is None else v for k, v in x["fidelity"].items()}
+    fidelity["recalled"] = tuple(fidelity["recalled"])
+    target = math.nan if x["target_bits"] is None else x["target_bits"]
+    fields: dict[str, Any] = x | {"target_bits": target, "fidelity": Fidelity(**fidelity)}
+    return Result(**fields)
+
+
+def _recalled(x: dict[str, Any]) -> Recalled:
+    fields: dict[str, Any] = x | {"share_by_depth": tuple(x["share_by_depth"])}
+    return Recalled(**fields)
