@@ -9,7 +9,7 @@ PIP += $(if $(CONSTRAINT),--constraint $(CONSTRAINT))
 # Tests hold a model of half a gigabyte each and share the cores with JAX's own threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-vllm vllm-fidelity lint bench peers leaderboard fidelity importance gpu-gate gpu-roofline clean
+.PHONY: demo test test-vllm vllm-fidelity vllm-speed lint bench peers leaderboard fidelity importance gpu-gate gpu-roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(DEMO_ARGS)
@@ -40,6 +40,12 @@ vllm-fidelity:
 	$(VLLM_VENV)/bin/python benchmarks/vllm_fidelity.py $(VLLM_MODEL) $(TEXTS) \
 	  --profile $(VLLM_BITS:%=$(VLLM_MODEL)-%.safetensors) $(VLLM_FIDELITY_ARGS)
 
+# The table of speed in docs/vllm.md, of the texts named.
+vllm-speed:
+	$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.vllm
+	test -d $(VLLM_MODEL) || $(VLLM_VENV)/bin/python tests/vllm/model_dir.py $(VLLM_MODEL)
+	$(VLLM_VENV)/bin/python benchmarks/vllm_speed.py $(VLLM_MODEL) $(TEXTS) $(VLLM_SPEED_ARGS)
+
 lint: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
@@ -54,8 +60,8 @@ peers:
 	$(PEERS_VENV)/bin/python benchmarks/peers.py --json docs/peers.json --markdown docs/peers.md \
 	  $(PEERS_ARGS)
 
-# docs/leaderboard.md, of the texts named: make leaderboard TEXTS="prose.txt code.txt". Hours on two
-# cores, calibration included.
+# docs/leaderboard.md, of the texts named: make leaderboard TEXTS="prose.txt code.txt". Half an hour
+# on two cores, calibration included.
 PROFILES := build/leaderboard
 CALIBRATED_BITS := 8.5 6.5 4.5 3.5 2.5
 

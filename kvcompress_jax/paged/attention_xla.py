@@ -26,6 +26,9 @@ from kvcompress_jax.paged.table import PageTable
 # devices pay for every pass of a loop.
 BLOCK_NUMBERS = 1 << 23
 BLOCK_NUMBERS_CPU, MOST_NUMBERS_CPU = 1 << 17, 1 << 20
+# Of its logits. With more, XLA asks the allocator for more than 32 MiB, which the C library returns
+# to the system at once: every call gets new memory, at twice the time.
+MOST_LOGITS_CPU = 5 << 18
 # A pass reads and writes the running sums; with many queries they are larger than such a block.
 BLOCKS_PER_STATE = 4
 MASKED = -1e30  # finite: the difference of two of them is 0, not NaN
@@ -191,7 +194,8 @@ def pages_at_once(
     numbers = BLOCK_NUMBERS
     if (platform or jax.default_backend()) == "cpu":
         of_state = BLOCKS_PER_STATE * queries * of_token
-        numbers = min(max(BLOCK_NUMBERS_CPU, of_state), MOST_NUMBERS_CPU)
+        of_logits = MOST_LOGITS_CPU * layout.head_dim // queries
+        numbers = min(max(BLOCK_NUMBERS_CPU, of_state), MOST_NUMBERS_CPU, of_logits)
     return _power_of_two_below(numbers // (of_token * layout.page_size))
 
 
@@ -248,7 +252,9 @@ def _over_pages(
             kept = lax.dynamic_update_slice_in_dim(kept, record(logits, mask), i * block, 3)
         return state.add(logits, mask, kv), kept
 
-    if blocks == 1:
+    # A loop that runs once costs other devices a question to the host; on CPUs it saves the work
+    # where no row has a page.
+    if blocks == 1 and jax.default_backend() != "cpu":
         state, kept = body(jnp.int32(0), (state, kept))
     else:
         needed = jnp.max((count + block - 1) // block)

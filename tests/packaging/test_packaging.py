@@ -136,7 +136,7 @@ RUN_BY = {
     # Minutes to an hour on the real model; on a tiny one, what the targets run.
     "make fidelity": ("tests/benchmarks/test_fidelity.py", "fidelity.main("),
     "make importance": ("tests/benchmarks/test_importance.py", "importance.main("),
-    "make vllm-fidelity": ("tests/vllm/test_fidelity_table.py", "vllm_fidelity.main("),
+    "make vllm-fidelity": ("tests/vllm/test_fidelity_table.py", "fidelity.main("),
     "make leaderboard": ("tests/benchmarks/test_leaderboard.py", "leaderboard.main("),
     ".ci/run": ("CONTRIBUTING.md", ".ci/run"),  # by whoever changes something, and it runs this
     ".venv/bin/kvcompress bench": ("tests/lab/test_tune_kernels.py", '["bench", "--tune"]'),
@@ -185,6 +185,7 @@ def test_the_makefile_has_the_targets():
         "fidelity",
         "importance",
         "vllm-fidelity",
+        "vllm-speed",
         "gpu-gate",
     ):
         assert re.search(rf"^{target}:( |$)", makefile, flags=re.MULTILINE)

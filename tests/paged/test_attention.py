@@ -1,6 +1,7 @@
 """`attend` against dense float64 attention that reads the same bytes."""
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from kvcompress_jax.config import CompressionConfig
 from kvcompress_jax.kernels.decode_attention.cpu import MOST_QUERIES
 from kvcompress_jax.paged import PagedCache, PoolSizes, attend, init_cache
+from kvcompress_jax.paged.attention_xla import attend_xla
 from tests.paged.batch import make_batch, reference_attention, reference_tokens
 
 # Logits are float32 sums of `dim` products, each input rounded: an error of some
@@ -307,6 +309,38 @@ def test_memory_is_bounded():
     q = jax.ShapeDtypeStruct((batch, 1, 32, 128), jnp.bfloat16)
     analysis = jax.jit(whole).lower(q, cache, i32(), table).compile().memory_analysis()
     assert analysis.temp_size_in_bytes + analysis.output_size_in_bytes > decoded / 8
+
+
+@pytest.mark.parametrize("queries", [64, 256, 512])
+def test_a_chunk_of_a_prompt_needs_no_new_memory_on_a_cpu(queries):
+    """Which the C library returns to the system from 32 MiB on, whoever asked for it."""
+    layout = CompressionConfig().layout(layers=1, kv_heads=3, head_dim=64, dtype="bfloat16")
+    sizes = PoolSizes(raw_pages=8, sealed_pages=32, fine_chunks=32, sink_slots=1)
+    cache = jax.eval_shape(lambda: init_cache(layout, sizes))
+    i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    table = dataclasses.replace(
+        make_batch(CONFIG, [1]).table(),
+        **{name: i32(1, 32) for name in ("sealed", "sealed_index")},
+        **{name: i32(1, 8) for name in ("raw", "raw_index")},
+    )
+    q = jax.ShapeDtypeStruct((1, queries, 9, 64), jnp.bfloat16)
+
+    def temporary(block_pages):
+        attend = functools.partial(
+            attend_xla,
+            scale=0.1,
+            window=None,
+            soft_cap=None,
+            return_mass=True,
+            query_lengths=jnp.full((1,), queries, jnp.int32),
+            block_pages=block_pages,
+        )
+        compiled = jax.jit(attend).lower(q, cache, i32(), table).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(None) < 32 << 20
+    if queries > 64:
+        assert temporary(32) > 32 << 20
 
 
 @pytest.mark.parametrize(

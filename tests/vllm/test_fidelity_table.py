@@ -5,7 +5,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from benchmarks import vllm_fidelity
+from benchmarks.in_vllm import fidelity
 
 
 def test_a_table_of_perplexity_and_capacity(model, tmp_path, capsys, monkeypatch):
@@ -13,7 +13,7 @@ def test_a_table_of_perplexity_and_capacity(model, tmp_path, capsys, monkeypatch
     text = tmp_path / "text.txt"
     text.write_text(topics["import"])
     few = [str(model), str(text), "--prompts", "1", "--tokens", "300"]
-    vllm_fidelity.main([*few, "--only", "compact", "--json", str(report)])
+    fidelity.main([*few, "--only", "compact", "--json", str(report)])
     found = json.loads(report.read_text())
     stock, compact = found["vLLM"], found["compact"]
     assert len(stock["losses"]) == len(compact["losses"]) == 299
@@ -24,6 +24,6 @@ def test_a_table_of_perplexity_and_capacity(model, tmp_path, capsys, monkeypatch
     shown = capsys.readouterr().out
     assert "compact" in shown and f"{compact['capacity']:,}" in shown
     # A configuration that cannot run is no row that is missing.
-    monkeypatch.setitem(vllm_fidelity.CONFIGURATIONS, "compact", {"KVCOMPRESS_RECIPE": "none"})
+    monkeypatch.setitem(fidelity.CONFIGURATIONS, "compact", {"KVCOMPRESS_RECIPE": "none"})
     with pytest.raises(RuntimeError, match="compact: no result"):
-        vllm_fidelity.main([*few, "--only", "compact"])
+        fidelity.main([*few, "--only", "compact"])
