@@ -261,9 +261,10 @@ class Softmax {
 constexpr int64_t kPartTokens = 512;  // at least, but of the last
 constexpr int64_t kMostParts = 16;
 
+int64_t fewest_pages(const Sizes& s) { return std::max<int64_t>(kPartTokens / s.tokens, 1); }
+
 int64_t part_pages(const Sizes& s, int64_t pages) {
-  const int64_t fewest = std::max<int64_t>(kPartTokens / s.tokens, 1);
-  return std::max(fewest, (pages + kMostParts - 1) / kMostParts);
+  return std::max(fewest_pages(s), (pages + kMostParts - 1) / kMostParts);
 }
 
 // At least one: the last has what is not sealed, too.
@@ -272,14 +273,20 @@ int64_t parts_of(const Sizes& s, int64_t pages) {
   return std::max<int64_t>((pages + each - 1) / each, 1);
 }
 
+// Of any row: one with fewer pages may have more parts than one with more.
+int64_t most_parts(const Sizes& s) {
+  const int64_t columns = s.pages ? s.sealed_columns : 0, fewest = fewest_pages(s);
+  return std::clamp<int64_t>((columns + fewest - 1) / fewest, 1, kMostParts);
+}
+
 // What parts found, and what queries gave to pages, until the totals are known.
 struct Found {
-  int64_t parts;                   // at most, of a row and head
+  int64_t parts;                   // of a row and head, at most
   std::vector<float> out, lse;     // [rows, heads, parts, queries, dim] and without dim
   std::vector<float> weight, top;  // [rows, heads, columns, queries]: of exp(top)
   std::vector<float> logit;        // [rows, heads, columns, queries, tokens] of raw pages
 
-  explicit Found(const Sizes& s) : parts(s.pages ? parts_of(s, s.sealed_columns) : 1) {
+  explicit Found(const Sizes& s) : parts(most_parts(s)) {
     const int64_t each = s.rows * s.heads * s.queries;
     if (parts > 1) {
       out.resize(each * parts * s.dim);

@@ -263,6 +263,29 @@ def test_a_sequence_has_the_same_bits_alone():
     assert not np.array_equal(other[0][1], together[0][2])
 
 
+def test_the_width_of_a_table_does_not_matter():
+    """32 pages are in 16 parts, and 33 would be in 11."""
+    batch = make_batch(CompressionConfig(page_size=256, window_tokens=0), [32 * 256 + 3, 700])
+    table = batch.table()
+    assert int(table.sealed_count[0]) == 32
+    q = jax.random.normal(jax.random.key(3), (2, 1, 4, 64))
+    results = []
+    for columns in (32, 33, 48):
+        wide = {
+            name: np.pad(getattr(table, name)[:, :32], ((0, 0), (0, columns - 32)))
+            for name in ("sealed", "sealed_index")
+        }
+        wider = dataclasses.replace(table, **wide)
+        results.append(_attend(q, batch.cache, 1, wider, implementation="cpu"))
+        scale = batch.cache.layout.head_dim**-0.5
+        judged = {"layer": 1, "query_lengths": [1, 1], "scale": scale}
+        # Logits are four times those of `run`.
+        assert judge(batch, np.asarray(q), results[-1], **judged) <= 4 * TOLERANCE
+    for result in results[1:]:
+        assert np.array_equal(result[0], results[0][0])
+        assert np.array_equal(result[1], results[0][1])
+
+
 def test_order_of_pages_does_not_matter():
     batch = make_batch(CONFIG, [200])
     table = batch.table()
