@@ -43,7 +43,7 @@ def test_kernel(case):
 @needs_mosaic
 def test_nan_is_handed_on():
     kernel = functools.partial(attention_mosaic, programs=8, interpret=True)
-    config = CompressionConfig(page_size=64, window_tokens=64)
+    config = CompressionConfig(page_size=64, window_tokens=64, fine_bits=4)
     check_nan(lambda batch, q: run(batch, q, [2, 2], 0.1, kernel=kernel), config, head_dim=128)
 
 
