@@ -179,9 +179,8 @@ class Softmax {
     for (int c = 0; c < page.half; c += kRows / 2) {
       // Channels c and c + 1, then those of the other half.
       for (int r = 0; r < kRows / 2; r++)
-        separate(page.value_base + int64_t{c + r} * tokens,
-                 {joined ? fine_value(page, c + r, room) : nullptr, 0, 0xFF}, joined, tokens,
-                 codes[r], codes[kRows / 2 + r]);
+        separate(page.value_base + int64_t{c + r} * tokens, fine_value(page, c + r, room), joined,
+                 tokens, codes[r], codes[kRows / 2 + r]);
       Floats sum[kLanes] = {};
       for (int t = 0; t < tokens; t += kLanes) {
         Floats row[kRows];

@@ -38,7 +38,7 @@ inline Planes<Byte> page_bytes(Byte* base, Byte* fine, int64_t page, int64_t chu
           fine_bits};
 }
 
-// Fine codes of one token's keys, which may share their bytes with those of another token.
+// Fine codes of a row of bytes, which may share their bytes with those of another row.
 struct FineRow {
   const uint8_t* bytes;  // null: none
   int shift;
@@ -52,10 +52,11 @@ inline FineRow fine_key(const PageBytes& page, int slot) {
   return {page.key_fine + int64_t{row} * page.half, slot < page.fine_rows ? 2 : 0, 0xCC};
 }
 
-// Fine codes of all tokens' values in two channels: u8[tokens], 0 where there are none.
-inline const uint8_t* fine_value(const PageBytes& page, int row, uint8_t* room) {
+// Of all tokens' values in two channels: u8[tokens], 0 for tokens that have none.
+inline FineRow fine_value(const PageBytes& page, int row, uint8_t* room) {
+  if (page.value_fine == nullptr) return {nullptr, 0, 0};
   const uint8_t* from = page.value_fine + int64_t{row} * page.fine_rows;
-  if (page.fine_bits == 4 && page.fine_rows == page.tokens) return from;
+  if (page.fine_bits == 4 && page.fine_rows == page.tokens) return {from, 0, 0xFF};
   int at = 0;
   if (page.fine_bits == 2) {
     for (int i = 0; i < page.fine_rows; i++) room[i] = (from[i] << 2) & 0xCC;
@@ -66,7 +67,7 @@ inline const uint8_t* fine_value(const PageBytes& page, int row, uint8_t* room) 
     std::copy(from, from + at, room);
   }
   std::fill(room + at, room + page.tokens, 0);
-  return room;
+  return {room, 0, 0xFF};
 }
 
 // A row of base codes, and of fine codes if `joined`, to the codes of two channels (or of the two

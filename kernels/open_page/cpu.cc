@@ -59,13 +59,11 @@ template <Kind kind>
 void open_values(const PageBytes& page, const uint16_t* step, const uint16_t* zero, void* out,
                  int64_t at) {
   const int half = page.half, dim = 2 * half, tokens = page.tokens;
-  const bool joined = page.value_fine != nullptr;
   alignas(64) uint8_t rows[kMostNumbers * kMostNumbers];  // [dim, tokens]
   for (int c = 0; c < half; c++) {
     uint8_t room[kMostNumbers];
-    const FineRow fine = {joined ? fine_value(page, c, room) : nullptr, 0, 0xFF};
-    separate(page.value_base + int64_t{c} * tokens, fine, joined, tokens, rows + c * tokens,
-             rows + (half + c) * tokens);
+    separate(page.value_base + int64_t{c} * tokens, fine_value(page, c, room),
+             page.value_fine != nullptr, tokens, rows + c * tokens, rows + (half + c) * tokens);
   }
   alignas(64) uint8_t codes[kSlots][kMostNumbers];
   for (int t = 0; t < tokens; t += kSlots) {
